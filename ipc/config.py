@@ -1,0 +1,113 @@
+"""What every process is told at its start: one frozen EngineConfig and the channels it inherits."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from ipc.frames import FrameLimits, ResultLayout
+from ipc.schema import ModelCard
+
+RING_SLOTS: Final = 4  # more than any depth: a slot is reused only after its step has retired
+MAX_DEPTH: Final = 3
+
+ConfigT = TypeVar("ConfigT")
+ChannelsT = TypeVar("ChannelsT")
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine: its model, limits and policies. Automatic choices that need no GPU are made before this exists."""
+
+    card: ModelCard
+    dtype: str = "auto"
+    device: str = "cpu"  # "cpu" or "cuda"
+    random_weights: bool = False  # keep the initial weights: for benchmarks of shapes
+    random_seed: int = 0
+    trust_remote_code: bool = False
+    enforce_eager: bool = False
+    block_size: int = 16
+    num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_prefill_chunk: int | None = None  # tokens one request may prefill in a step; None: the whole budget
+    enable_prefix_caching: bool = True
+    pipeline_depth: int = 2
+    max_num_queued_reqs: int = 100_000
+    watchdog_timeout_s: float = 60.0
+
+    @property
+    def limits(self) -> FrameLimits:
+        return FrameLimits(
+            max_rows=self.max_num_seqs,
+            max_tokens=self.max_num_batched_tokens,
+            max_seq_len=self.card.max_model_len,
+            block_size=self.block_size,
+            max_logprobs=self.card.max_logprobs,
+        )
+
+    @property
+    def result_layout(self) -> ResultLayout:
+        return ResultLayout(self.max_num_seqs, self.card.max_logprobs)
+
+
+class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
+    """Inherited by an executor rank. File descriptors, and the scheduler's control endpoint."""
+
+    epoch: int
+    rank: int = 0
+    plan_ring: int
+    plan_bell: int
+    result_ring: int
+    result_bell: int
+    control: str
+    parent_pipe: int  # reads end-of-file when the launcher dies
+
+
+class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
+    """Inherited by the scheduler."""
+
+    plan_ring: int
+    plan_bells: tuple[int, ...]  # one for each rank
+    result_ring: int
+    result_bell: int
+    frontend: str  # endpoint to bind
+    control: str  # endpoint to bind
+    parent_pipe: int
+
+
+class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
+    """Inherited by a serving frontend that the launcher started."""
+
+    scheduler: str  # endpoint to connect to
+    listen_fd: int  # the bound HTTP socket, shared by all frontends
+    parent_pipe: int
+
+
+class ProcessStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child reads from the fd in its argument: nothing secret or long ever stands in argv."""
+
+    config: dict[str, Any]
+    channels: dict[str, Any]
+
+
+def write_start(config: msgspec.Struct, channels: msgspec.Struct) -> int:
+    """A memory file with the start of one child; pass the returned fd on and close it after the fork."""
+    payload = msgspec.msgpack.encode(
+        ProcessStart(config=msgspec.to_builtins(config), channels=msgspec.to_builtins(channels))
+    )
+    fd = os.memfd_create("tandem-start", os.MFD_CLOEXEC)
+    os.write(fd, payload)
+    return fd
+
+
+def read_start(fd: int, config: type[ConfigT], channels: type[ChannelsT]) -> tuple[ConfigT, ChannelsT]:
+    """The other end of `write_start`; closes `fd`."""
+    with mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ) as memory:
+        start = msgspec.msgpack.decode(memory[:], type=ProcessStart)
+    os.close(fd)
+    return msgspec.convert(start.config, config, strict=False), msgspec.convert(start.channels, channels, strict=False)

@@ -1,0 +1,366 @@
+"""Plan and result frames: what crosses shared memory once a step, as columns.
+
+The scheduler writes plans, the executor writes results; each reads the other's. A frame is a header of int64 words and
+then columns, each 16-byte aligned, each as long as its count in the header says. Plans are packed tightly, so one copy
+of `TOTAL_BYTES` brings a step to the device. The executor sees slots, positions and tokens, never a request.
+
+What a plan means, in this order:
+    admit     params of a slot are replaced; its position becomes `computed`
+    bias      rows of the slot's bias table (logit_bias, and stop ids that min_tokens forbids)
+    history   token counts of an admitted slot that uses penalties: zeroed, then set from these
+    block     block_table[slot, index] = block
+    row       `query_len` tokens of one slot run at its position, which advances; every row samples one token
+A decode row (the first NUM_DECODE rows) is only its slot: its input token is last_token[slot], which stays on the GPU.
+A prefill row brings its tokens. A row whose `sample` is 0 ends inside the prompt: its token is ignored by everyone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ipc.errors import ProtocolError
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+NULL_BLOCK: Final = 0  # never allocated: padding rows write there
+MAX_BIAS: Final = 320  # rows of a slot's bias table: OpenAI allows 300 biases, the rest is for stop ids
+INVALID_TOKEN: Final = -1  # in a result: the row's logits were NaN
+_ALIGN: Final = 16
+
+
+class PlanWord(IntEnum):
+    """int64 words of a plan's header."""
+
+    SEQ = 0
+    EPOCH = 1
+    TOTAL_BYTES = 2
+    FLAGS = 3  # PlanFlag
+    NUM_ROWS = 4
+    NUM_DECODE = 5  # decode rows come first
+    NUM_PREFILL_TOKENS = 6
+    NUM_ADMITS = 7
+    NUM_BLOCKS = 8
+    NUM_BIAS = 9
+    NUM_HISTORY = 10
+    MAX_QUERY_LEN = 11
+    MAX_KV_LEN = 12  # longest position + query_len of any row
+    OFFSETS = 16  # byte offset of each column, in the order of PLAN_COLUMNS
+
+
+class PlanFlag(IntFlag):
+    """What the rows of a plan need: the executor skips every stage that no row asks for."""
+
+    NONE = 0
+    SAMPLE = 1  # some row has temperature > 0
+    FILTER = 2  # some row has top_k, top_p or min_p
+    PENALTY = 4
+    BIAS = 8
+    LOGPROBS = 16
+    CONTINUES = 32  # work has been waiting since the previous plan: a gap before this step is a bubble
+
+
+class Param(IntEnum):
+    """int32 columns of a slot's sampling parameters; those marked f32 hold the bits of a float32."""
+
+    COMPUTED = 0  # first position to run: tokens before it are in the KV cache
+    PROMPT_LEN = 1
+    SEED_LOW = 2
+    SEED_HIGH = 3
+    FEATURES = 4  # PlanFlag bits this slot asks for
+    TEMPERATURE = 5  # f32; 0 = greedy
+    TOP_K = 6  # 0 = off
+    TOP_P = 7  # f32; 1 = off
+    MIN_P = 8  # f32; 0 = off
+    REPETITION = 9  # f32; 1 = off
+    PRESENCE = 10  # f32; 0 = off
+    FREQUENCY = 11  # f32; 0 = off
+    NUM_BIAS = 12
+    NUM_LOGPROBS = 13  # -1 = none, 0 = the sampled token only
+    COUNT = 16
+
+
+# name, dtype, trailing length (1 = a vector), header word that holds the count
+_COLUMNS: Final[tuple[tuple[str, type, int, PlanWord], ...]] = (
+    ("row_slot", np.int32, 1, PlanWord.NUM_ROWS),
+    ("row_query_len", np.int32, 1, PlanWord.NUM_ROWS),
+    ("row_sample", np.int32, 1, PlanWord.NUM_ROWS),
+    ("prefill_token", np.int32, 1, PlanWord.NUM_PREFILL_TOKENS),
+    ("block_slot", np.int32, 1, PlanWord.NUM_BLOCKS),
+    ("block_index", np.int32, 1, PlanWord.NUM_BLOCKS),
+    ("block_id", np.int32, 1, PlanWord.NUM_BLOCKS),
+    ("admit_slot", np.int32, 1, PlanWord.NUM_ADMITS),
+    ("admit_params", np.int32, int(Param.COUNT), PlanWord.NUM_ADMITS),
+    ("bias_slot", np.int32, 1, PlanWord.NUM_BIAS),
+    ("bias_index", np.int32, 1, PlanWord.NUM_BIAS),
+    ("bias_token", np.int32, 1, PlanWord.NUM_BIAS),
+    ("bias_value", np.float32, 1, PlanWord.NUM_BIAS),
+    ("bias_until", np.int32, 1, PlanWord.NUM_BIAS),  # applies while the sampled token's position is below this
+    ("history_slot", np.int32, 1, PlanWord.NUM_HISTORY),
+    ("history_token", np.int32, 1, PlanWord.NUM_HISTORY),  # unique within a slot
+    ("history_count", np.int32, 1, PlanWord.NUM_HISTORY),  # bit 0: in the prompt; count << 1: times generated
+)
+PLAN_COLUMNS: Final = tuple(name for name, *_ in _COLUMNS)
+_HEADER_BYTES: Final = (int(PlanWord.OFFSETS) + len(_COLUMNS) + 7) // 8 * 64
+
+
+def _aligned(n: int) -> int:
+    return -(-n // _ALIGN) * _ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """Upper bounds of one step; they size the ring slots and the executor's buffers, the same on both sides."""
+
+    max_rows: int  # slots, and rows of a step
+    max_tokens: int  # tokens of a step: decode rows + prefill chunks
+    max_seq_len: int  # tokens of one request
+    block_size: int
+    max_logprobs: int
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        return -(-self.max_seq_len // self.block_size)
+
+    @property
+    def max_plan_blocks(self) -> int:
+        """Block deltas of a plan: one whole block table, or what the step's tokens can fill."""
+        return self.max_blocks_per_seq + self.max_tokens // self.block_size + 2 * self.max_rows
+
+    @property
+    def max_plan_bias(self) -> int:
+        return 8 * MAX_BIAS
+
+    @property
+    def max_plan_history(self) -> int:
+        return self.max_seq_len + self.max_tokens
+
+    @property
+    def plan_bytes(self) -> int:
+        counts = {
+            PlanWord.NUM_ROWS: self.max_rows,
+            PlanWord.NUM_PREFILL_TOKENS: self.max_tokens,
+            PlanWord.NUM_BLOCKS: self.max_plan_blocks,
+            PlanWord.NUM_ADMITS: self.max_rows,
+            PlanWord.NUM_BIAS: self.max_plan_bias,
+            PlanWord.NUM_HISTORY: self.max_plan_history,
+        }
+        return _HEADER_BYTES + sum(_aligned(4 * width * counts[word]) for _, _, width, word in _COLUMNS)
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step as the scheduler composes it and as the executor reads it; each array is a column of `_COLUMNS`."""
+
+    seq: int
+    epoch: int
+    flags: PlanFlag
+    num_decode: int
+    max_query_len: int
+    max_kv_len: int
+    # [rows] decode rows first
+    row_slot: Int32
+    row_query_len: Int32
+    row_sample: Int32
+    # [prefill tokens] of the prefill rows, in row order
+    prefill_token: Int32
+    # [block deltas]
+    block_slot: Int32
+    block_index: Int32
+    block_id: Int32
+    # [admits], [admits, Param.COUNT]
+    admit_slot: Int32
+    admit_params: Int32
+    # [bias rows]
+    bias_slot: Int32
+    bias_index: Int32
+    bias_token: Int32
+    bias_value: Float32
+    bias_until: Int32
+    # [history entries]
+    history_slot: Int32
+    history_token: Int32
+    history_count: Int32
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_slot)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model runs over in this step."""
+        return self.num_decode + len(self.prefill_token)
+
+
+def write_plan(payload: Bytes, plan: Plan) -> int:
+    """Pack `plan` into a ring slot; returns TOTAL_BYTES. Raises ProtocolError if it does not fit."""
+    words = payload[:_HEADER_BYTES].view(np.int64)
+    words[PlanWord.SEQ] = plan.seq
+    words[PlanWord.EPOCH] = plan.epoch
+    words[PlanWord.FLAGS] = int(plan.flags)
+    words[PlanWord.NUM_DECODE] = plan.num_decode
+    words[PlanWord.MAX_QUERY_LEN] = plan.max_query_len
+    words[PlanWord.MAX_KV_LEN] = plan.max_kv_len
+    offset = _HEADER_BYTES
+    for i, (name, dtype, _, count_word) in enumerate(_COLUMNS):
+        column = getattr(plan, name)
+        words[count_word] = len(column)
+        words[PlanWord.OFFSETS + i] = offset
+        nbytes = column.nbytes
+        if nbytes:
+            if offset + nbytes > len(payload):
+                raise ProtocolError(f"plan needs {offset + nbytes} bytes at {name}, the slot has {len(payload)}")
+            payload[offset : offset + nbytes].view(dtype)[:] = column.reshape(-1)
+            offset += _aligned(nbytes)
+    words[PlanWord.TOTAL_BYTES] = offset
+    return offset
+
+
+def read_plan(payload: Bytes) -> Plan:
+    """Views of the columns in a ring slot (no copy): valid until the slot is acknowledged."""
+    words = payload[:_HEADER_BYTES].view(np.int64)
+    columns: dict[str, Any] = {}
+    for i, (name, dtype, width, count_word) in enumerate(_COLUMNS):
+        count, offset = int(words[count_word]), int(words[PlanWord.OFFSETS + i])
+        column: npt.NDArray[Any] = payload[offset : offset + 4 * width * count].view(dtype)
+        columns[name] = column.reshape(count, width) if width > 1 else column
+    return Plan(
+        seq=int(words[PlanWord.SEQ]),
+        epoch=int(words[PlanWord.EPOCH]),
+        flags=PlanFlag(int(words[PlanWord.FLAGS])),
+        num_decode=int(words[PlanWord.NUM_DECODE]),
+        max_query_len=int(words[PlanWord.MAX_QUERY_LEN]),
+        max_kv_len=int(words[PlanWord.MAX_KV_LEN]),
+        **columns,
+    )
+
+
+def plan_bytes_used(payload: Bytes) -> int:
+    """Bytes of the packed plan in a slot: what one copy must bring to the device."""
+    return int(payload[:_HEADER_BYTES].view(np.int64)[PlanWord.TOTAL_BYTES])
+
+
+def plan_offset(payload: Bytes, column: str) -> tuple[int, int]:
+    """(byte offset, element count of the leading dimension) of one column of a packed plan."""
+    words = payload[:_HEADER_BYTES].view(np.int64)
+    i = PLAN_COLUMNS.index(column)
+    return int(words[PlanWord.OFFSETS + i]), int(words[_COLUMNS[i][3]])
+
+
+class ResultWord(IntEnum):
+    """int64 words of a result's header, written by the executor's host side."""
+
+    SEQ = 0
+    EPOCH = 1
+    NUM_ROWS = 2
+    HAS_LOGPROBS = 3
+    DEVICE_NS = 4  # compute stream, first to last kernel of the step (CUDA events)
+    GAP_NS = 5  # compute stream idle between the previous step and this one
+    LAUNCH_NS = 6  # host time of the launch thread for this step
+    HIDDEN = 7  # 1: this step was queued before the device ran dry
+
+
+RESULT_HEADER_BYTES: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ResultLayout:
+    """Byte offsets of a result's columns. Fixed, so the device writes the same layout and one copy brings it home."""
+
+    max_rows: int
+    max_logprobs: int
+
+    @property
+    def token(self) -> int:
+        return RESULT_HEADER_BYTES
+
+    @property
+    def logprob(self) -> int:
+        """Log-probability of the sampled token, float32 [max_rows]."""
+        return self.token + _aligned(4 * self.max_rows)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the sampled token among all, 1 = most probable, int32 [max_rows]."""
+        return self.logprob + _aligned(4 * self.max_rows)
+
+    @property
+    def top_token(self) -> int:
+        """int32 [max_rows, max_logprobs], most probable first."""
+        return self.rank + _aligned(4 * self.max_rows)
+
+    @property
+    def top_logprob(self) -> int:
+        """float32 [max_rows, max_logprobs]."""
+        return self.top_token + _aligned(4 * self.max_rows * self.max_logprobs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.top_logprob + _aligned(4 * self.max_rows * self.max_logprobs)
+
+
+@dataclass(slots=True)
+class Result:
+    """One step's outcome, as read from a ring slot. Rows are in the order of the plan."""
+
+    seq: int
+    epoch: int
+    device_ns: int
+    gap_ns: int
+    launch_ns: int
+    hidden: bool
+    token: Int32  # [rows]
+    logprob: Float32 | None  # [rows]; None unless the plan asked for logprobs
+    rank: Int32 | None  # [rows]
+    top_token: Int32 | None  # [rows, max_logprobs]
+    top_logprob: Float32 | None  # [rows, max_logprobs]
+
+
+def write_result_header(
+    payload: Bytes,
+    *,
+    seq: int,
+    epoch: int,
+    num_rows: int,
+    has_logprobs: bool,
+    device_ns: int = 0,
+    gap_ns: int = 0,
+    launch_ns: int = 0,
+    hidden: bool = False,
+) -> None:
+    words = payload[:RESULT_HEADER_BYTES].view(np.int64)
+    words[:8] = seq, epoch, num_rows, has_logprobs, device_ns, gap_ns, launch_ns, hidden
+
+
+def read_result(payload: Bytes, layout: ResultLayout) -> Result:
+    """Views into a result slot (no copy): valid until the slot is acknowledged."""
+    words = payload[:RESULT_HEADER_BYTES].view(np.int64)
+    rows, has_logprobs = int(words[ResultWord.NUM_ROWS]), bool(words[ResultWord.HAS_LOGPROBS])
+    if not 0 <= rows <= layout.max_rows:
+        raise ProtocolError(f"result of {rows} rows, the ring was made for {layout.max_rows}")
+
+    def column(offset: int, dtype: type, width: int = 1) -> Any:
+        values: npt.NDArray[Any] = payload[offset : offset + 4 * rows * width].view(dtype)
+        return values.reshape(rows, width) if width > 1 else values
+
+    top = layout.max_logprobs if has_logprobs else 0
+    return Result(
+        seq=int(words[ResultWord.SEQ]),
+        epoch=int(words[ResultWord.EPOCH]),
+        device_ns=int(words[ResultWord.DEVICE_NS]),
+        gap_ns=int(words[ResultWord.GAP_NS]),
+        launch_ns=int(words[ResultWord.LAUNCH_NS]),
+        hidden=bool(words[ResultWord.HIDDEN]),
+        token=column(layout.token, np.int32),
+        logprob=column(layout.logprob, np.float32) if has_logprobs else None,
+        rank=column(layout.rank, np.int32) if has_logprobs else None,
+        top_token=column(layout.top_token, np.int32, top).reshape(rows, top) if has_logprobs else None,
+        top_logprob=column(layout.top_logprob, np.float32, top).reshape(rows, top) if has_logprobs else None,
+    )

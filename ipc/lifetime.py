@@ -1,0 +1,68 @@
+"""A child's first calls: die with the parent, be debuggable when stuck, come from one place, have a name in ps."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import setproctitle
+
+from ipc.errors import ConfigError
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def enter_process(role: str, parent_pipe: int, *packages: ModuleType) -> None:
+    """Arm everything a child of the launcher needs; call before anything slow, the model above all.
+
+    The launcher owns the signals: a child ignores SIGINT, and SIGTERM keeps its meaning for the child's own handler.
+    SIGUSR1 dumps all stacks to stderr. Raises ConfigError if `packages` come from different folders.
+    """
+    setproctitle.setproctitle(f"engine-launch: {role}")
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    check_one_place(*packages)
+    die_with_parent(parent_pipe)
+
+
+def die_with_parent(parent_pipe: int) -> None:
+    """Exit when the launcher does: PDEATHSIG for the common case, the pipe for a launcher thread that came and went."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent or parent_is_gone(parent_pipe):
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([parent_pipe], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def parent_is_gone(parent_pipe: int) -> bool:
+    return bool(select.select([parent_pipe], [], [], 0)[0])
+
+
+def check_one_place(*packages: ModuleType) -> None:
+    """The four packages have common names; another `scheduler` on the path must not be half of this program."""
+    home = Path(__file__).resolve().parent.parent
+    for package in packages:
+        found = Path(package.__file__ or "").resolve().parent.parent
+        if found != home:
+            raise ConfigError(f"package {package.__name__!r} comes from {found}, but ipc from {home}; fix sys.path")
+
+
+def fail(role: str, error: BaseException) -> int:
+    """Report a fault of the user as one line naming the flag; returns the exit code 2."""
+    flag = getattr(error, "param", None)
+    print(f"{role}: error: {flag + ': ' if flag else ''}{error}", file=sys.stderr, flush=True)
+    return 2

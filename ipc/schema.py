@@ -1,0 +1,262 @@
+"""Messages between processes: rare, variable in size, from peers that come and go. msgspec structs over ZMQ.
+
+A message is one ZMQ part: a msgpack array tagged with its type. Token ids travel as packed int32 bytes and results as
+columns, because a list of 8k ids costs 200 us and the bytes 0.4 us.
+
+    frontend  -> scheduler   Hello, Heartbeat, Admit, Abort, GetStats, Goodbye
+    scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Draining
+    launcher  -> scheduler   Hello, ExecutorLost, Drain           (control socket)
+    executor  -> scheduler   ExecutorHello                        (control socket)
+    scheduler -> launcher    SchedulerReady, Drained, ExecutorStuck
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ipc.errors import ProtocolError
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 64 << 20
+HEARTBEAT_S: Final = 1.0  # each frontend sends one; silence of HEARTBEAT_LIMIT_S means it is gone
+HEARTBEAT_LIMIT_S: Final = 10.0
+
+
+class FinishReason(IntEnum):
+    """Why a request ended. RUNNING rows carry a token and are not the last."""
+
+    RUNNING = 0
+    STOP = 1  # end of sequence or a stop id; that token is the last one sent
+    LENGTH = 2  # max_tokens or the context limit
+    ABORTED = 3  # its owner asked for it
+    INVALID_LOGITS = 4  # the model produced NaN; carries no token
+    SLOW_CONSUMER = 5  # its frontend did not read; carries no token
+
+
+class Message(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
+    """Base of all messages. Fields are only ever added at the end, with defaults."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """How tokens of one request are chosen. The frontend validates; the scheduler checks what would harm others."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # any int64; the frontend draws one when the user gave none
+    logprobs: int = -1  # -1 = none, 0 = the sampled token, N = the N most probable too
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class ModelCard(msgspec.Struct, frozen=True, array_like=True):
+    """What a frontend must know of the model to serve it."""
+
+    name: str  # as served
+    path: str  # folder with the tokenizer
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_logprobs: int
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First message of a peer. A peer of another version is answered with Rejected(request_id=-1)."""
+
+    version: int
+    role: str  # "frontend" or "launcher"
+    name: str  # for logs and metrics
+    pid: int
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    version: int
+    ready: bool  # False until an executor is attached; a second Welcome follows then
+    card: ModelCard
+    epoch: int  # which executor life serves now
+    num_blocks: int
+    block_size: int
+
+
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
+    sent_ns: int
+
+
+class Goodbye(Message, frozen=True, tag="goodbye"):
+    """A frontend leaves: its open requests are aborted."""
+
+
+class Admit(Message, frozen=True, tag="admit"):
+    """One sequence to continue. `request_id` is unique within its frontend's connection."""
+
+    request_id: int
+    prompt: bytes  # packed int32 [prompt tokens]
+    params: SamplingParams
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""
+    output: bytes = b""  # packed int32: tokens already received, when a request is replayed to a new scheduler
+
+
+class Abort(Message, frozen=True, tag="abort"):
+    request_ids: list[int]
+
+
+class Rejected(Message, frozen=True, tag="rejected"):
+    """The request was not taken; it never produced a token. Terminal."""
+
+    request_id: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Logprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Log-probabilities of rows of a Tokens frame. Packed columns over the rows named by `row`."""
+
+    row: bytes  # int32 [n], index into the frame's rows
+    logprob: bytes  # float32 [n]
+    rank: bytes  # int32 [n]
+    width: int  # N of the widest request
+    top_token: bytes  # int32 [n, width]
+    top_logprob: bytes  # float32 [n, width]
+
+
+class Tokens(Message, frozen=True, tag="tokens"):
+    """What one step, or several coalesced ones, brought a frontend. Columns over rows; rows of a request in order."""
+
+    request_id: bytes  # int64 [rows]
+    token: bytes  # int32 [rows]
+    finish: bytes  # uint8 [rows], FinishReason
+    started_id: bytes = b""  # int64 [started]: requests that left the queue
+    started_cached: bytes = b""  # int32 [started]: their prompt tokens found in the prefix cache
+    logprobs: Logprobs | None = None
+
+
+class Draining(Message, frozen=True, tag="draining"):
+    """No new request is taken any more; open ones finish."""
+
+
+class GetStats(Message, frozen=True, tag="get_stats"):
+    """Ask for a Stats message at once; one comes every second anyway while there is work."""
+
+
+class Stats(Message, frozen=True, tag="stats"):
+    """Counters since start unless said otherwise. Times in nanoseconds."""
+
+    epoch: int
+    running: int  # now
+    waiting: int  # now
+    inflight: int  # plans now
+    blocks_total: int
+    blocks_free: int  # now, cached ones included
+    steps: int
+    hidden_steps: int  # steps that were queued before the device ran dry
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    overshoot_rows: int  # rows that ran for a request already ended
+    requests_finished: dict[str, int]  # by reason
+    requests_rejected: int
+    device_ns: int  # compute stream busy
+    bubble_ns: int  # compute stream idle while there was work
+    plan_ns: int  # scheduler: planning
+    retire_ns: int  # scheduler: retiring
+    launch_ns: int  # executor: launch thread
+    step_age_ns: int  # since a result last arrived while plans are in flight; 0 when idle
+    dropped_messages: int  # undecodable or unroutable; must stay 0
+    frontends: int
+    draining: bool
+
+
+class ExecutorHello(Message, frozen=True, tag="executor_hello"):
+    """Rank 0 is attached to the rings and ready to run. `num_blocks` counts the null block."""
+
+    version: int
+    epoch: int
+    pid: int
+    num_blocks: int
+
+
+class ExecutorLost(Message, frozen=True, tag="executor_lost"):
+    """The executor of this epoch is gone; running requests wait with their tokens for the next one."""
+
+    epoch: int
+
+
+class ExecutorStuck(Message, frozen=True, tag="executor_stuck"):
+    """No result for `age_s` seconds while plans are in flight."""
+
+    epoch: int
+    age_s: float
+
+
+class SchedulerReady(Message, frozen=True, tag="scheduler_ready"):
+    """An executor is attached and requests are served."""
+
+    epoch: int
+    max_model_len: int
+    kv_tokens: int
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Take no new request; answer Drained when the last open one ends. A second Drain with abort ends them now."""
+
+    abort: bool = False
+
+
+class Drained(Message, frozen=True, tag="drained"):
+    pass
+
+
+FrontendMessage = Hello | Heartbeat | Admit | Abort | GetStats | Goodbye
+SchedulerMessage = Welcome | Tokens | Rejected | Stats | Draining
+ControlMessage = Hello | ExecutorHello | ExecutorLost | Drain
+LauncherMessage = SchedulerReady | Drained | ExecutorStuck
+
+encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class Decoder:
+    """Typed decoding of one direction of one socket; anything else is a ProtocolError."""
+
+    def __init__(self, messages: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(messages)
+
+    def __call__(self, payload: bytes | memoryview) -> Any:
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"undecodable message of {len(payload)} bytes: {error}") from error
+
+
+decode_frontend: Final = Decoder(FrontendMessage)
+decode_scheduler: Final = Decoder(SchedulerMessage)
+decode_control: Final = Decoder(ControlMessage)
+decode_launcher: Final = Decoder(LauncherMessage)
+
+
+def pack_tokens(tokens: Sequence[int] | npt.NDArray[np.int32]) -> bytes:
+    """Token ids as packed int32 bytes. Raises OverflowError for an id outside int32."""
+    return np.asarray(tokens, dtype=np.int32).tobytes()
+
+
+def unpack_tokens(payload: bytes) -> npt.NDArray[np.int32]:
+    """Read-only int32 view of packed token ids; raises ProtocolError if the length is not a multiple of 4."""
+    if len(payload) % 4:
+        raise ProtocolError(f"packed token ids have {len(payload)} bytes, not a multiple of 4")
+    return np.frombuffer(payload, np.int32)

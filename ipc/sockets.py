@@ -1,0 +1,66 @@
+"""ZMQ sockets with the options this project relies on, and the private directory of its ipc endpoints.
+
+Facts these options answer: a ROUTER past its high-water mark drops silently unless ROUTER_MANDATORY is set; a second
+process may bind an ipc path and steal it, so the directory is fresh and 0700; LINGER would keep a dying process alive.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import zmq
+import zmq.asyncio
+
+from ipc.schema import MAX_MESSAGE_BYTES
+
+HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
+
+
+def _configure(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+
+
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """ROUTER at `endpoint`; sends are non-blocking: zmq.Again past the mark, EHOSTUNREACH for an unknown peer."""
+    socket = context.socket(zmq.ROUTER)
+    _configure(socket)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects keeps its identity and its requests
+    socket.bind(endpoint)
+    return socket
+
+
+def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
+    """DEALER to `endpoint`. `identity` must be unguessable: whoever knows it receives this peer's messages."""
+    socket = context.socket(zmq.DEALER)
+    _configure(socket)
+    socket.setsockopt(zmq.IDENTITY, identity)
+    socket.connect(endpoint)
+    return socket
+
+
+def new_identity() -> bytes:
+    """16 random bytes after a zero-free first byte (ZMQ reserves identities that start with zero)."""
+    return b"t" + os.urandom(16)
+
+
+class EndpointDirectory:
+    """A fresh directory, mode 0700, that holds this engine's ipc sockets; removed on close.
+
+    The paths are short: a unix socket address holds 107 bytes.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="tandem-"))
+        self.frontend = f"ipc://{self.path}/frontend.sock"
+        self.control = f"ipc://{self.path}/control.sock"
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
