@@ -169,7 +169,7 @@ class Stats(Message, frozen=True, tag="stats"):
     prefix_query_tokens: int
     prefix_hit_tokens: int
     preemptions: int
-    overshoot_rows: int  # rows that ran for a request already ended
+    overshoot_rows: int  # rows that ran for a request already ended or preempted
     requests_finished: dict[str, int]  # by reason
     requests_rejected: int
     device_ns: int  # compute stream busy

@@ -1,0 +1,353 @@
+"""The scheduler's loop: results in, next plan out, then everything else, in the shadow of the running step.
+
+One thread. It sleeps in one poll over the result bell and the two sockets, and plans whenever fewer than `depth` plans
+are in flight. Messages are taken in small helpings, so a burst of arrivals cannot delay the next plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from ipc.clock import now_ns
+from ipc.config import EngineConfig, SchedulerChannels
+from ipc.doorbell import Doorbell
+from ipc.errors import ProtocolError, TandemError
+from ipc.frames import Result, read_result, write_plan
+from ipc.ring import RingReader, RingWriter
+from ipc.schema import (
+    HEARTBEAT_LIMIT_S,
+    HEARTBEAT_S,
+    PROTOCOL_VERSION,
+    Abort,
+    Admit,
+    Drain,
+    Drained,
+    Draining,
+    ExecutorHello,
+    ExecutorLost,
+    ExecutorStuck,
+    FinishReason,
+    GetStats,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Rejected,
+    SchedulerReady,
+    Stats,
+    Welcome,
+    decode_control,
+    decode_frontend,
+    encode,
+)
+from ipc.sockets import bind_router
+from scheduler.outbox import MAX_BACKLOG_ROWS
+from scheduler.peers import Peer, PeerTable
+from scheduler.planner import make_plan
+from scheduler.retire import Delivery, retire
+from scheduler.state import SchedulerState
+
+log = logging.getLogger(__name__)
+
+MESSAGE_HELPING_NS: Final = 200_000  # time for messages between two looks at the result bell
+
+
+class Loop:
+    """Connects a SchedulerState to rings and sockets. `run` returns after SIGTERM."""
+
+    def __init__(self, config: EngineConfig, channels: SchedulerChannels) -> None:
+        self.config = config
+        self.state = SchedulerState(config)
+        self.peers = PeerTable()
+        self.launcher: bytes | None = None
+        self.plan_ring = RingWriter(channels.plan_ring)
+        self.plan_bells = [Doorbell(fd) for fd in channels.plan_bells]
+        self.result_ring = RingReader(channels.result_ring)
+        self.result_bell = Doorbell(channels.result_bell)
+        self.layout = config.result_layout
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self.frontends = bind_router(context, channels.frontend)
+        self.control = bind_router(context, channels.control)
+        self.stop_bell = Doorbell.create()
+        self.stopping = False
+        self.last_result_ns = 0
+        self.next_check_ns = 0
+        self.owes_drained = False
+        self.poller = zmq.Poller()
+        for waitable in (self.result_bell.fd, self.stop_bell.fd, self.frontends, self.control):
+            self.poller.register(waitable, zmq.POLLIN)
+
+    def run(self) -> None:
+        signal.signal(signal.SIGTERM, self._stop)
+        while not self.stopping:
+            self.poller.poll(int(HEARTBEAT_S * 1e3))
+            self.result_bell.drain()
+            self.take_results()
+            self.plan_ahead()
+            self.deliver()
+            self.take_messages()
+            self.plan_ahead()
+            self.state.register_new_blocks()
+            self.keep_house()
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+        self.stop_bell.ring()
+
+    # -- the step
+
+    def take_results(self) -> None:
+        """Retire every published result, in order."""
+        while (payload := self.result_ring.poll()) is not None:
+            start = now_ns()
+            result, seq = read_result(payload, self.layout), self.result_ring.next
+            self.result_ring.advance()
+            if self.state.attached and result.epoch == self.state.epoch:
+                self._sort_out(retire(self.state, result), result)
+                self.last_result_ns = start
+            self.result_ring.ack(seq)
+            self.state.counters.retire_ns += now_ns() - start
+
+    def plan_ahead(self) -> None:
+        """Fill the pipeline: plan until `depth` plans are in flight or no row can run."""
+        state = self.state
+        while state.attached and state.has_work and len(state.inflight) < self.config.pipeline_depth:
+            start = now_ns()
+            if not state.inflight:
+                self.last_result_ns = start
+            plan = make_plan(state)
+            if plan is None:
+                break
+            seq = self.plan_ring.head + 1
+            write_plan(self.plan_ring.begin(seq), plan)
+            self.plan_ring.publish(seq)
+            for bell in self.plan_bells:
+                bell.ring()
+            state.counters.plan_ns += now_ns() - start
+
+    # -- to frontends
+
+    def _sort_out(self, delivery: Delivery, result: Result) -> None:
+        """Put each row of a delivery into its frontend's outbox."""
+        for index in np.unique(delivery.peer).tolist():
+            peer = self.peers.get(index)
+            assert peer is not None, f"a request of frontend {index} outlived it"
+            peer.outbox.add(delivery, result, np.flatnonzero(delivery.peer == index))
+
+    def deliver(self) -> None:
+        """Send each frontend one frame with all it is owed; what does not fit its socket waits and coalesces."""
+        for index, request_id, cached in self.state.started:
+            peer = self.peers.get(index)
+            if peer is not None:
+                peer.outbox.started.append((request_id, cached))
+        self.state.started.clear()
+        for peer in self.peers:
+            if peer.outbox and self._send(peer, peer.outbox.message()):
+                peer.outbox.clear()
+            elif peer.outbox.rows > MAX_BACKLOG_ROWS:
+                self._give_up(peer)
+
+    def _send(self, peer: Peer, message: Message) -> bool:
+        """False if the frontend's socket is full. A frontend that is gone loses its requests."""
+        try:
+            self.frontends.send_multipart([peer.identity, encode(message)], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._remove(peer, "its connection is gone")
+        return True
+
+    def _reply(self, peer: Peer, message: Message) -> None:
+        if not self._send(peer, message):
+            self.state.counters.dropped_messages += 1
+
+    def _give_up(self, peer: Peer) -> None:
+        """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows."""
+        requests = self.state.requests_of(peer.index)
+        log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.rows, len(requests))
+        for request in requests:
+            self.state.finish(request)
+        self.state.counters.requests_finished["slow_consumer"] += len(requests)
+        peer.outbox.clear()
+        peer.outbox.add_end([request.request_id for request in requests], FinishReason.SLOW_CONSUMER)
+
+    def _remove(self, peer: Peer, reason: str) -> None:
+        requests = self.state.requests_of(peer.index)
+        for request in requests:
+            self.state.finish(request)
+        self.state.counters.requests_finished["aborted"] += len(requests)
+        self.peers.remove(peer)
+        log.info("frontend %s left: %s; %d of its requests aborted", peer.name, reason, len(requests))
+
+    # -- messages
+
+    def take_messages(self) -> None:
+        """Handle messages for at most one helping of time; the poll wakes again for the rest."""
+        deadline = now_ns() + MESSAGE_HELPING_NS
+        for socket, decode, handle in (
+            (self.control, decode_control, self._on_control),
+            (self.frontends, decode_frontend, self._on_frontend),
+        ):
+            while now_ns() < deadline:
+                try:
+                    identity, *parts = socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                try:
+                    if len(parts) != 1:
+                        raise ProtocolError(f"a message of {len(parts)} parts, expected 1")
+                    handle(identity, decode(parts[0]))
+                except ProtocolError as error:
+                    self.state.counters.dropped_messages += 1
+                    log.warning("message dropped: %s", error)
+
+    def _on_frontend(self, identity: bytes, message: Any) -> None:
+        if isinstance(message, Hello):
+            self._welcome(identity, message)
+            return
+        peer = self.peers.find(identity)
+        if peer is None:
+            raise ProtocolError(f"{type(message).__name__} before Hello")
+        peer.last_heard_ns = now_ns()
+        match message:
+            case Admit():
+                self._admit(peer, message)
+            case Abort():
+                ended = [i for i in message.request_ids if self.state.abort(peer.index, i)]
+                self.state.counters.requests_finished["aborted"] += len(ended)
+                if ended:
+                    peer.outbox.add_end(ended, FinishReason.ABORTED)
+                    self.deliver()
+            case Heartbeat() | GetStats():
+                self._reply(peer, self.stats())
+            case Goodbye():
+                self._remove(peer, "goodbye")
+
+    def _welcome(self, identity: bytes, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            refusal = Rejected(-1, "protocol_error", f"protocol version {hello.version}, expected {PROTOCOL_VERSION}")
+            self.frontends.send_multipart([identity, encode(refusal)], zmq.NOBLOCK)
+            return
+        peer = self.peers.add(identity, hello.name, now_ns())
+        peer.last_heard_ns = now_ns()
+        self._reply(peer, self._welcome_message())
+        if self.state.draining:
+            self._reply(peer, Draining())
+
+    def _welcome_message(self) -> Welcome:
+        state, card = self.state, self.config.card
+        return Welcome(
+            version=PROTOCOL_VERSION,
+            ready=state.attached,
+            card=card,
+            epoch=state.epoch,
+            num_blocks=state.pool.num_blocks,
+            block_size=self.config.block_size,
+        )
+
+    def _admit(self, peer: Peer, message: Admit) -> None:
+        try:
+            self.state.admit(peer.index, message)
+        except TandemError as error:
+            self.state.counters.requests_rejected += 1
+            self._reply(peer, Rejected(message.request_id, error.code, error.message, error.param))
+
+    def _on_control(self, identity: bytes, message: Any) -> None:
+        state = self.state
+        match message:
+            case Hello():
+                self.launcher = identity
+                if state.attached:
+                    self._announce()
+            case ExecutorHello():
+                if message.version != PROTOCOL_VERSION:
+                    raise ProtocolError(f"executor speaks version {message.version}, expected {PROTOCOL_VERSION}")
+                self._attach(message)
+            case ExecutorLost() if message.epoch == state.epoch and state.attached:
+                log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
+                state.executor_lost()
+                self.plan_ring.restart()
+            case Drain():
+                self._drain(message.abort)
+
+    def _attach(self, hello: ExecutorHello) -> None:
+        if self.state.attached:
+            self.state.executor_lost()
+            self.plan_ring.restart()
+        for request in self.state.executor_attached(hello.epoch, hello.num_blocks):
+            peer = self.peers.get(request.peer)
+            self.state.finish(request)
+            if peer is not None:
+                numbers = f"{request.limit} tokens, the KV cache now holds {self.state.max_seq_len}"
+                self._reply(peer, Rejected(request.request_id, "context_length_exceeded", numbers))
+        for peer in self.peers:
+            self._reply(peer, self._welcome_message())
+        self._announce()
+
+    def _announce(self) -> None:
+        kv_tokens = self.state.pool.capacity * self.config.block_size
+        self._tell_launcher(SchedulerReady(self.state.epoch, self.state.max_seq_len, kv_tokens))
+
+    def _tell_launcher(self, message: Message) -> None:
+        if self.launcher is not None:
+            self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
+
+    def _drain(self, abort: bool) -> None:
+        state = self.state
+        if not state.draining:
+            state.draining = True
+            for peer in self.peers:
+                self._reply(peer, Draining())
+        if abort:
+            for request in list(state.requests.values()):
+                state.finish(request)
+                state.counters.requests_finished["aborted"] += 1
+                peer_or_none = self.peers.get(request.peer)
+                if peer_or_none is not None:
+                    peer_or_none.outbox.add_end([request.request_id], FinishReason.ABORTED)
+        self.owes_drained = True
+
+    # -- once in a while
+
+    def keep_house(self) -> None:
+        """Once a heartbeat: silent frontends, a stuck executor; and Drained as soon as the last request ended."""
+        now, state = now_ns(), self.state
+        self.deliver()
+        if self.owes_drained and not state.requests and not any(peer.outbox for peer in self.peers):
+            self._tell_launcher(Drained())
+            self.owes_drained = False
+        if now < self.next_check_ns:
+            return
+        self.next_check_ns = now + int(HEARTBEAT_S * 1e9)
+        for peer in self.peers:
+            if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
+                self._remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
+        age_s = self._step_age_ns() * 1e-9
+        if age_s > self.config.watchdog_timeout_s:
+            self._tell_launcher(ExecutorStuck(state.epoch, age_s))
+
+    def _step_age_ns(self) -> int:
+        return now_ns() - self.last_result_ns if self.state.inflight else 0
+
+    def stats(self) -> Stats:
+        """A snapshot of counters and gauges."""
+        state, counters = self.state, self.state.counters
+        return Stats(
+            epoch=state.epoch,
+            running=len(state.slots.running),
+            waiting=len(state.queue),
+            inflight=len(state.inflight),
+            blocks_total=state.pool.capacity,
+            blocks_free=state.pool.num_free,
+            step_age_ns=self._step_age_ns(),
+            frontends=len(self.peers),
+            draining=state.draining,
+            **{name: getattr(counters, name) for name in counters.__slots__},
+        )

@@ -1,0 +1,82 @@
+"""What a frontend is still to be sent: one columnar frame a step, coalesced while it lags.
+
+Nothing here blocks: while the frontend's socket is full its rows stay here, up to a limit the loop enforces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ipc.frames import INVALID_TOKEN, Result
+from ipc.schema import FinishReason, Logprobs, Tokens
+from scheduler.retire import Delivery
+
+MAX_BACKLOG_ROWS: Final = 200_000  # a frontend further behind is a slow consumer
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Columns not sent yet, each a list of arrays in order."""
+
+    rows: int = 0
+    started: list[tuple[int, int]] = field(default_factory=list)  # (request id, cached tokens)
+    _columns: dict[str, list[npt.NDArray[Any]]] = field(
+        default_factory=lambda: {name: [] for name in ("request_id", "token", "finish")}
+    )
+    _logprobs: dict[str, list[npt.NDArray[Any]]] = field(
+        default_factory=lambda: {name: [] for name in ("row", "logprob", "rank", "top_token", "top_logprob")}
+    )
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.started)
+
+    def add(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
+        """Append the rows `mine` [n] of a delivery, in order."""
+        if result.logprob is not None:
+            self._add_logprobs(delivery, result, mine)
+        self._columns["request_id"].append(delivery.request_id[mine])
+        self._columns["token"].append(delivery.token[mine])
+        self._columns["finish"].append(delivery.finish[mine])
+        self.rows += len(mine)
+
+    def add_end(self, request_ids: list[int], reason: FinishReason) -> None:
+        """Append terminal rows without a token."""
+        n = len(request_ids)
+        self._columns["request_id"].append(np.array(request_ids, np.int64))
+        self._columns["token"].append(np.full(n, INVALID_TOKEN, np.int32))
+        self._columns["finish"].append(np.full(n, reason, np.uint8))
+        self.rows += n
+
+    def _add_logprobs(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
+        asked = np.flatnonzero(delivery.num_logprobs[mine] >= 0)
+        source = delivery.result_row[mine][asked]
+        self._logprobs["row"].append((asked + self.rows).astype(np.int32))
+        for name in ("logprob", "rank", "top_token", "top_logprob"):
+            self._logprobs[name].append(getattr(result, name)[source])
+
+    def message(self) -> Tokens:
+        """One frame of everything; `clear` follows once it is sent."""
+        started = np.array(self.started, np.int64).reshape(-1, 2)
+        return Tokens(
+            **{name: b"".join(c.tobytes() for c in column) for name, column in self._columns.items()},
+            started_id=started[:, 0].tobytes(),
+            started_cached=started[:, 1].astype(np.int32).tobytes(),
+            logprobs=self._logprobs_message(),
+        )
+
+    def _logprobs_message(self) -> Logprobs | None:
+        if not self._logprobs["row"]:
+            return None
+        columns = {name: np.concatenate(column) for name, column in self._logprobs.items()}
+        width = columns["top_token"].shape[1]
+        return Logprobs(width=width, **{name: column.tobytes() for name, column in columns.items()})
+
+    def clear(self) -> None:
+        self.rows = 0
+        self.started.clear()
+        for column in (*self._columns.values(), *self._logprobs.values()):
+            column.clear()

@@ -1,0 +1,52 @@
+"""The frontends connected to this scheduler: who they are, when they were last heard, what they are still owed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from scheduler.outbox import Outbox
+
+
+@dataclass(slots=True)
+class Peer:
+    """One frontend connection. `identity` routes replies, so no other frontend can receive or abort its requests."""
+
+    index: int
+    identity: bytes
+    name: str
+    last_heard_ns: int
+    outbox: Outbox = field(default_factory=Outbox)
+
+
+class PeerTable:
+    """Frontends by ZMQ identity and by the small index that slots carry. An index is never reused."""
+
+    def __init__(self) -> None:
+        self._by_identity: dict[bytes, Peer] = {}
+        self._by_index: dict[int, Peer] = {}
+        self._next_index = 0
+
+    def __len__(self) -> int:
+        return len(self._by_index)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(list(self._by_index.values()))
+
+    def add(self, identity: bytes, name: str, now_ns: int) -> Peer:
+        """A new frontend, or the same one saying Hello again, which keeps its index and its requests."""
+        peer = self._by_identity.get(identity)
+        if peer is None:
+            peer = Peer(self._next_index, identity, name, now_ns)
+            self._next_index += 1
+            self._by_identity[identity] = self._by_index[peer.index] = peer
+        return peer
+
+    def find(self, identity: bytes) -> Peer | None:
+        return self._by_identity.get(identity)
+
+    def get(self, index: int) -> Peer | None:
+        return self._by_index.get(index)
+
+    def remove(self, peer: Peer) -> None:
+        del self._by_identity[peer.identity], self._by_index[peer.index]

@@ -1,0 +1,277 @@
+"""Composing a plan: which tokens of which slots run next, within one token budget. Needs no token of steps in flight.
+
+Order within the budget: decode rows, prefill rows already running, waiting requests. A request gets the blocks of all
+its known tokens when it is admitted, so only decode rows ever ask for more, one block each, and a victim is always
+found: every admitted request fits the cache alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ipc.frames import MAX_BIAS, PLAN_COLUMNS, Param, Plan, PlanFlag
+from scheduler.admission import forbidden_ids
+from scheduler.inflight import PlanRecord
+from scheduler.request import Request
+from scheduler.state import SchedulerState
+
+Int32 = npt.NDArray[np.int32]
+_EMPTY: Final = np.empty(0, np.int32)
+_FOREVER: Final = 2**31 - 1
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making: what is not simply the decode rows."""
+
+    budget: int  # tokens left
+    prefill_slots: list[int] = field(default_factory=list)
+    prefill_lens: list[int] = field(default_factory=list)
+    block_columns: list[Int32] = field(default_factory=list)  # [3, n] each: slot, index, block
+    num_blocks: int = 0
+    admits: list[Request] = field(default_factory=list)
+    num_bias: int = 0
+    num_history: int = 0
+
+    def add_blocks(self, slot: Int32 | int, index: Int32, block: list[int]) -> None:
+        column = np.empty((3, len(block)), np.int32)
+        column[0], column[1], column[2] = slot, index, block
+        self.block_columns.append(column)
+        self.num_blocks += len(block)
+
+
+def make_plan(state: SchedulerState) -> Plan | None:
+    """The next plan, already entered into `state` as in flight; None if no row can run.
+
+    Call only while fewer than `pipeline_depth` plans are in flight.
+    """
+    draft = _Draft(budget=state.limits.max_tokens)
+    preemptions = state.counters.preemptions
+    decode = _decode_rows(state, draft)
+    _continue_prefill(state, draft)
+    if state.counters.preemptions == preemptions:
+        _admit_waiting(state, draft)
+    if not len(decode) and not draft.prefill_slots:
+        return None
+    plan = _compose(state, draft, decode)
+    _seal(state, plan)
+    return plan
+
+
+def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
+    """Slots [rows] that decode one token, each with a block to write it to; preempts until all have."""
+    slots, block_size = state.slots, state.limits.block_size
+    while True:
+        running = slots.running
+        computed = slots.computed[running]
+        ready = (computed >= slots.prefill_end[running]) & (computed + 1 < slots.limit[running])
+        decode = running[ready][: draft.budget]
+        need = decode[slots.num_blocks[decode] * block_size <= slots.computed[decode]]
+        if len(need) <= state.pool.num_free:
+            break
+        state.preempt(_victim(state))
+    if len(need):
+        blocks = state.pool.allocate(len(need))
+        index = slots.num_blocks[need]
+        slots.block_table[need, index] = blocks
+        slots.num_blocks[need] += 1
+        draft.add_blocks(need, index, blocks)
+    draft.budget -= len(decode)
+    return decode
+
+
+def _victim(state: SchedulerState) -> Request:
+    """Who gives up its blocks: of the lowest priority, the last to arrive."""
+    running = [r for slot in state.slots.running.tolist() if (r := state.slots.request[slot]) is not None]
+    return max(running, key=lambda request: request.order)
+
+
+def _chunk(state: SchedulerState, draft: _Draft, remaining: int) -> int:
+    return min(remaining, draft.budget, state.config.max_prefill_chunk or remaining)
+
+
+def _add_prefill(state: SchedulerState, draft: _Draft, slot: int) -> None:
+    n = _chunk(state, draft, int(state.slots.prefill_end[slot] - state.slots.computed[slot]))
+    draft.prefill_slots.append(slot)
+    draft.prefill_lens.append(n)
+    draft.budget -= n
+
+
+def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
+    slots, running = state.slots, state.slots.running
+    for slot in running[slots.computed[running] < slots.prefill_end[running]].tolist():
+        if draft.budget == 0:
+            break
+        _add_prefill(state, draft, slot)
+
+
+def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
+    """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
+    limits = state.limits
+    while draft.budget > 0 and state.slots.num_free:
+        request = state.queue.head()
+        if request is None:
+            break
+        hit = _find_prefix(state, request)
+        total = -(-len(request.tokens) // limits.block_size)
+        need = total - len(hit) + state.pool.num_free_in(hit)
+        bias, history = _count_extras(state, request)
+        if (
+            need > state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
+            or draft.num_blocks + total > limits.max_plan_blocks
+            or draft.num_bias + bias > limits.max_plan_bias
+            or draft.num_history + history > limits.max_plan_history
+        ):
+            break
+        _place(state, draft, state.queue.pop(), hit, total)
+        draft.num_bias += bias
+        draft.num_history += history
+
+
+def _find_prefix(state: SchedulerState, request: Request) -> list[int]:
+    """Cached blocks of the request's known tokens; at least one token is left to run, for its logits."""
+    if not state.config.enable_prefix_caching:
+        return []
+    return state.pool.find_prefix(request.chain[: (len(request.tokens) - 1) // state.limits.block_size])
+
+
+def _place(state: SchedulerState, draft: _Draft, request: Request, hit: list[int], total: int) -> None:
+    for block in hit:
+        state.pool.share(block)
+    blocks = hit + state.pool.allocate(total - len(hit))
+    cached = len(hit) * state.limits.block_size
+    slot = state.slots.occupy(request, blocks, cached)
+    draft.admits.append(request)
+    draft.add_blocks(slot, np.arange(total, dtype=np.int32), blocks)
+    if not request.started:
+        request.started = True
+        state.counters.prefix_query_tokens += request.prompt_len
+        state.counters.prefix_hit_tokens += cached
+        state.started.append((request.peer, request.request_id, cached))
+    _add_prefill(state, draft, slot)
+
+
+def _count_extras(state: SchedulerState, request: Request) -> tuple[int, int]:
+    """(bias rows, history entries at most) that admitting the request puts into the plan."""
+    params = request.params
+    bias = len(params.logit_bias) + len(forbidden_ids(params, state.config.card))
+    return bias, len(request.tokens) if request.features & PlanFlag.PENALTY else 0
+
+
+def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
+    slots = state.slots
+    prefill = np.array(draft.prefill_slots, np.int32)
+    lens = np.array(draft.prefill_lens, np.int32)
+    start = slots.computed[prefill]
+    row_slot = np.concatenate((decode, prefill))
+    query_len = np.concatenate((np.ones(len(decode), np.int32), lens))
+    sample = np.concatenate((np.ones(len(decode), np.int32), start + lens == slots.prefill_end[prefill]))
+    chunks = [
+        slots.tokens[s, a : a + n] for s, a, n in zip(draft.prefill_slots, start, draft.prefill_lens, strict=True)
+    ]
+    blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else np.empty((3, 0), np.int32)
+    flags = PlanFlag(int(np.bitwise_or.reduce(slots.features[row_slot])))
+    state.seq += 1
+    plan = Plan(
+        seq=state.seq,
+        epoch=state.epoch,
+        flags=flags if state.was_idle else flags | PlanFlag.CONTINUES,
+        num_decode=len(decode),
+        max_query_len=int(query_len.max()),
+        max_kv_len=int((slots.computed[row_slot] + query_len).max()),
+        row_slot=row_slot,
+        row_query_len=query_len,
+        row_sample=sample.astype(np.int32),
+        prefill_token=np.concatenate(chunks) if chunks else _EMPTY,
+        block_slot=blocks[0],
+        block_index=blocks[1],
+        block_id=blocks[2],
+        **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
+    )
+    slots.computed[row_slot] += query_len
+    state.was_idle = False
+    state.inflight.append(
+        PlanRecord(plan.seq, row_slot, slots.generation[row_slot], sample.astype(np.bool_), plan.flags)
+    )
+    return plan
+
+
+def _seal(state: SchedulerState, plan: Plan) -> None:
+    """Prompt blocks that this plan fills become visible to the next one, never to itself."""
+    for slot in plan.row_slot[plan.num_decode :].tolist():
+        state.register_blocks(slot)
+
+
+def _admit_columns(state: SchedulerState, draft: _Draft) -> dict[str, Any]:
+    """The columns of a plan that only admissions fill."""
+    params = np.zeros((len(draft.admits), Param.COUNT), np.int32)
+    bias: list[tuple[int, int, int, float, int]] = []
+    history = [np.empty((3, 0), np.int32)]
+    for i, request in enumerate(draft.admits):
+        rows = _bias_rows(state, request)
+        bias += rows
+        _fill_params(params[i], request, int(state.slots.computed[request.slot]), len(rows))
+        if request.features & PlanFlag.PENALTY:
+            history.append(_history_of(request))
+    columns = np.array([(slot, i, token, until) for slot, i, token, _, until in bias], np.int32).reshape(-1, 4).T
+    counts = np.concatenate(history, axis=1)
+    return {
+        "admit_slot": np.array([request.slot for request in draft.admits], np.int32),
+        "admit_params": params,
+        "bias_slot": columns[0],
+        "bias_index": columns[1],
+        "bias_token": columns[2],
+        "bias_value": np.array([value for _, _, _, value, _ in bias], np.float32),
+        "bias_until": columns[3],
+        "history_slot": counts[0],
+        "history_token": counts[1],
+        "history_count": counts[2],
+    }
+
+
+_NO_ADMITS: Final[dict[str, Any]] = {
+    name: np.empty((0, Param.COUNT) if name == "admit_params" else 0, np.float32 if name == "bias_value" else np.int32)
+    for name in PLAN_COLUMNS[PLAN_COLUMNS.index("admit_slot") :]
+}
+
+
+def _bias_rows(state: SchedulerState, request: Request) -> list[tuple[int, int, int, float, int]]:
+    """The slot's bias table: (slot, index, token, value, until position)."""
+    params, slot = request.params, request.slot
+    rows = [(slot, i, token, value, _FOREVER) for i, (token, value) in enumerate(sorted(params.logit_bias.items()))]
+    until = request.prompt_len + params.min_tokens
+    for token in forbidden_ids(params, state.config.card):
+        rows.append((slot, len(rows), token, -np.inf, until))
+    assert len(rows) <= MAX_BIAS, f"{len(rows)} bias rows were admitted, the table has {MAX_BIAS}"
+    return rows
+
+
+def _fill_params(row: Int32, request: Request, computed: int, num_bias: int) -> None:
+    params, floats = request.params, row.view(np.float32)
+    row[Param.COMPUTED] = computed
+    row[Param.PROMPT_LEN] = request.prompt_len
+    row[Param.SEED_LOW : Param.SEED_HIGH + 1] = np.array([params.seed], np.int64).view(np.int32)
+    row[Param.FEATURES] = int(request.features)
+    floats[Param.TEMPERATURE] = params.temperature
+    row[Param.TOP_K] = params.top_k
+    floats[Param.TOP_P] = params.top_p
+    floats[Param.MIN_P] = params.min_p
+    floats[Param.REPETITION] = params.repetition_penalty
+    floats[Param.PRESENCE] = params.presence_penalty
+    floats[Param.FREQUENCY] = params.frequency_penalty
+    row[Param.NUM_BIAS] = num_bias
+    row[Param.NUM_LOGPROBS] = params.logprobs
+
+
+def _history_of(request: Request) -> Int32:
+    """[3, unique tokens]: slot, token, (in prompt) | (times generated) << 1."""
+    prompt, output = request.tokens[: request.prompt_len], request.tokens[request.prompt_len :]
+    generated, times = np.unique(output, return_counts=True)
+    tokens = np.union1d(prompt, generated)
+    counts = np.isin(tokens, prompt).astype(np.int32)
+    counts[np.searchsorted(tokens, generated)] += times.astype(np.int32) << 1
+    return np.stack((np.full(len(tokens), request.slot, np.int32), tokens.astype(np.int32), counts))

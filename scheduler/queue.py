@@ -1,0 +1,48 @@
+"""The waiting queue: by priority, then arrival; a preempted request keeps its arrival and so returns to the head."""
+
+from __future__ import annotations
+
+import heapq
+
+from scheduler.request import Request, State
+
+
+class WaitingQueue:
+    """A heap with lazy removal: push, pop and remove cost O(log n), the planner looks only at the head."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Request]] = []
+        self._size = 0
+        self.num_tokens = 0  # known tokens of all waiting requests
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, request: Request) -> None:
+        request.state = State.WAITING
+        heapq.heappush(self._heap, (*request.order, request))
+        self._size += 1
+        self.num_tokens += len(request.tokens)
+
+    def head(self) -> Request | None:
+        while self._heap and self._heap[0][2].state is not State.WAITING:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+    def pop(self) -> Request:
+        """The head; call only when there is one."""
+        request = self.head()
+        assert request is not None, "pop of an empty queue"
+        heapq.heappop(self._heap)
+        self._forget(request)
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Take a waiting request out, wherever it stands."""
+        assert request.state is State.WAITING
+        request.state = State.DONE
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._size -= 1
+        self.num_tokens -= len(request.tokens)

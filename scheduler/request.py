@@ -1,0 +1,60 @@
+"""The cold record of one request: what does not change every step. The hot columns are in slots.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+import numpy.typing as npt
+
+from ipc.frames import PlanFlag
+from ipc.schema import SamplingParams
+
+
+class State(Enum):
+    WAITING = auto()  # in the queue, new or preempted; `tokens` is all there is
+    RUNNING = auto()  # owns a slot; the slot's row of tokens is the truth
+    DONE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence from Admit to its terminal frame."""
+
+    peer: int  # index of the frontend that owns it
+    request_id: int
+    arrival: int  # order of arrival, kept over preemptions
+    prompt_len: int
+    limit: int  # prompt + max_tokens
+    params: SamplingParams
+    priority: int
+    root: bytes  # hash chain root of its tenant
+    tokens: npt.NDArray[np.int32]  # [known], prompt and output; current only while WAITING
+    features: PlanFlag
+    stop_ids: frozenset[int]  # beyond the model's own end of sequence
+    chain: list[bytes] = field(default_factory=list)  # hashes of its full blocks so far
+    state: State = State.WAITING
+    slot: int = -1
+    started: bool = False  # its frontend knows that it left the queue
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who runs first: lower priority value, then earlier arrival."""
+        return self.priority, self.arrival
+
+
+def features_of(params: SamplingParams) -> PlanFlag:
+    """The sampling stages this request needs."""
+    flags = PlanFlag.NONE
+    if params.temperature > 0:
+        flags |= PlanFlag.SAMPLE
+        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+            flags |= PlanFlag.FILTER
+    if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
+        flags |= PlanFlag.PENALTY
+    if params.logit_bias or params.min_tokens > 0:
+        flags |= PlanFlag.BIAS
+    if params.logprobs >= 0:
+        flags |= PlanFlag.LOGPROBS
+    return flags

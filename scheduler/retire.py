@@ -1,0 +1,74 @@
+"""Applying a result: append tokens, end requests, free what they held, and say what each frontend is to be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ipc.errors import ProtocolError
+from ipc.frames import PlanFlag, Result
+from ipc.schema import FinishReason
+from scheduler.state import SchedulerState
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Rows for frontends, in the order of the plan. Rows of ended requests carry their finish reason."""
+
+    peer: npt.NDArray[np.int32]  # [rows]
+    request_id: npt.NDArray[np.int64]  # [rows]
+    token: npt.NDArray[np.int32]  # [rows]
+    finish: npt.NDArray[np.uint8]  # [rows], FinishReason
+    num_logprobs: npt.NDArray[np.int32]  # [rows], as the request asked: -1 = none
+    result_row: npt.NDArray[np.int64]  # [rows], index into the result's columns
+
+
+def retire(state: SchedulerState, result: Result) -> Delivery:
+    """Apply the result of the oldest plan in flight. Rows whose slot has changed hands since are dropped."""
+    if not state.inflight or state.inflight[0].seq != result.seq:
+        expected = state.inflight[0].seq if state.inflight else None
+        raise ProtocolError(f"result of plan {result.seq} arrived, expected that of {expected}")
+    record = state.inflight.popleft()
+    slots = state.slots
+    alive = record.sample & (slots.generation[record.slots] == record.generation)
+    rows = np.flatnonzero(alive)
+    slot, token = record.slots[rows], result.token[rows]
+    finish = _append(state, slot, token)
+    delivery = Delivery(
+        peer=slots.peer[slot],
+        request_id=slots.request_id[slot],
+        token=token.copy(),
+        finish=finish,
+        num_logprobs=slots.num_logprobs[slot],
+        result_row=rows,
+    )
+    for i in np.flatnonzero(finish).tolist():
+        request = slots.request[int(slot[i])]
+        assert request is not None
+        state.finish(request)
+        state.counters.requests_finished[FinishReason(int(finish[i])).name.lower()] += 1
+    state.counters.add_step(result, continues=bool(record.flags & PlanFlag.CONTINUES))
+    state.counters.generation_tokens += int(np.count_nonzero(finish != FinishReason.INVALID_LOGITS))
+    state.counters.overshoot_rows += int(np.count_nonzero(record.sample)) - len(rows)
+    state.was_idle = not state.has_work
+    return delivery
+
+
+def _append(state: SchedulerState, slot: npt.NDArray[np.int32], token: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+    """Append `token` [rows] to `slot` [rows]; returns the finish reason of each row."""
+    slots = state.slots
+    known = slots.known[slot]
+    valid = token >= 0
+    slots.tokens[slot[valid], known[valid]] = token[valid]
+    slots.known[slot] = known + valid
+    finish = np.where(known + 1 >= slots.limit[slot], FinishReason.LENGTH, FinishReason.RUNNING).astype(np.uint8)
+    finish[state.is_eos(token) & slots.eos_stops[slot]] = FinishReason.STOP
+    for i in np.flatnonzero(slots.has_stop_ids[slot]).tolist():
+        request = slots.request[int(slot[i])]
+        assert request is not None
+        if int(token[i]) in request.stop_ids:
+            finish[i] = FinishReason.STOP
+    finish[~valid] = FinishReason.INVALID_LOGITS
+    return finish

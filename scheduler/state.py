@@ -1,0 +1,194 @@
+"""All the scheduler knows: requests, slots, blocks, the queue, plans in flight; and the moves between them.
+
+The loop calls `admit`, `abort` and `executor_*`; planner.py and retire.py work on the same object. Single-threaded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from ipc.config import EngineConfig
+from ipc.errors import OverloadedError, RequestError, UnavailableError
+from ipc.frames import FrameLimits
+from ipc.schema import Admit, unpack_tokens
+from scheduler.admission import check_lengths, check_params, check_tokens
+from scheduler.blocks import BlockPool
+from scheduler.inflight import PlanRecord
+from scheduler.metrics import Counters
+from scheduler.prefix import extend_chain, root_hash
+from scheduler.queue import WaitingQueue
+from scheduler.request import Request, State, features_of
+from scheduler.slots import SlotTable
+
+
+class SchedulerState:
+    """The only truth about every request of this replica."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.limits: FrameLimits = config.limits
+        self.slots = SlotTable(self.limits)
+        self.pool = BlockPool(1)
+        self.queue = WaitingQueue()
+        self.inflight: deque[PlanRecord] = deque()
+        self.counters = Counters()
+        self.requests: dict[tuple[int, int], Request] = {}  # (peer, request_id) -> open request
+        self.started: list[tuple[int, int, int]] = []  # (peer, request_id, cached tokens), until the next delivery
+        self.epoch = 0
+        self.attached = False
+        self.draining = False
+        self.seq = 0  # of the last plan
+        self.was_idle = True  # no work was left after the last retire: the next gap is no bubble
+        self._arrivals = 0
+        self._is_eos = np.zeros(config.card.vocab_size + 1, np.bool_)  # the last entry answers INVALID_TOKEN
+        self._is_eos[list(config.card.eos_token_ids)] = True
+
+    # -- requests
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens one request may have: the model's context, or the whole KV cache if that is smaller."""
+        kv_tokens = self.pool.capacity * self.limits.block_size if self.attached else self.limits.max_seq_len
+        return min(self.limits.max_seq_len, kv_tokens)
+
+    def admit(self, peer: int, message: Admit) -> Request:
+        """Take a request into the queue. Raises a typed error, with both numbers, if it can never run."""
+        if self.draining:
+            raise UnavailableError("the engine is shutting down and takes no new requests")
+        if len(self.queue) >= self.config.max_num_queued_reqs:
+            raise OverloadedError(f"{len(self.queue)} requests wait, the limit is {self.config.max_num_queued_reqs}")
+        if (peer, message.request_id) in self.requests:
+            raise RequestError(f"request id {message.request_id} is already in use")
+        params = message.params
+        prompt, output = unpack_tokens(message.prompt), unpack_tokens(message.output)
+        check_params(params, self.config.card, len(prompt))
+        check_lengths(params, len(prompt), len(output), self.max_seq_len)
+        tokens = np.concatenate((prompt, output))
+        check_tokens(tokens, self.config.card)
+        self._arrivals += 1
+        request = Request(
+            peer=peer,
+            request_id=message.request_id,
+            arrival=self._arrivals,
+            prompt_len=len(prompt),
+            limit=len(prompt) + params.max_tokens,
+            params=params,
+            priority=message.priority,
+            root=root_hash(message.cache_salt),
+            tokens=tokens,
+            features=features_of(params),
+            stop_ids=frozenset(params.stop_token_ids),
+        )
+        self._hash(request, len(tokens))
+        self.requests[peer, request.request_id] = request
+        self.queue.push(request)
+        self.counters.prompt_tokens += len(prompt)
+        return request
+
+    def abort(self, peer: int, request_id: int) -> bool:
+        """End a request now, wherever it is; its rows in flight are ignored. False if it is not open."""
+        request = self.requests.get((peer, request_id))
+        if request is None:
+            return False
+        self.finish(request)
+        return True
+
+    def finish(self, request: Request) -> None:
+        """Forget an open request and free what it holds."""
+        del self.requests[request.peer, request.request_id]
+        if request.state is State.RUNNING:
+            self._vacate(request)
+            request.state = State.DONE
+        else:
+            self.queue.remove(request)
+
+    def requests_of(self, peer: int) -> list[Request]:
+        return [request for (owner, _), request in self.requests.items() if owner == peer]
+
+    # -- slots and blocks
+
+    def preempt(self, request: Request) -> None:
+        """Free a running request's blocks and slot; it waits with prompt and output kept, to be recomputed.
+
+        Its rows in flight are dropped by generation, not awaited: sampling is a pure function of the tokens, the seed
+        and the position, so the dropped token is sampled again.
+        """
+        self._vacate(request)
+        self.queue.push(request)
+        self.counters.preemptions += 1
+
+    def _vacate(self, request: Request) -> None:
+        slot = request.slot
+        self.register_blocks(slot)
+        self.pool.release(self.slots.vacate(slot))
+
+    def _hash(self, request: Request, known: int) -> None:
+        if self.config.enable_prefix_caching:
+            tokens = request.tokens if request.slot < 0 else self.slots.tokens[request.slot]
+            extend_chain(request.chain, request.root, tokens, self.limits.block_size, known)
+
+    def register_blocks(self, slot: int) -> None:
+        """Put the full blocks of a slot into the prefix index: planned, and of known tokens."""
+        if not self.config.enable_prefix_caching:
+            return
+        slots, request = self.slots, self.slots.request[slot]
+        assert request is not None
+        known = int(min(slots.known[slot], slots.computed[slot]))
+        first, last = int(slots.registered[slot]), known // self.limits.block_size
+        if last > first:
+            self._hash(request, known)
+            for index in range(first, last):
+                self.pool.register(int(slots.block_table[slot, index]), request.chain[index])
+            slots.registered[slot] = last
+
+    def register_new_blocks(self) -> None:
+        """`register_blocks` for every slot that has a new full block; runs in the shadow of a step."""
+        slots, running = self.slots, self.slots.running
+        full = np.minimum(slots.known[running], slots.computed[running]) // self.limits.block_size
+        for slot in running[full > slots.registered[running]].tolist():
+            self.register_blocks(slot)
+
+    def is_eos(self, tokens: np.typing.NDArray[np.int32]) -> np.typing.NDArray[np.bool_]:
+        """Which of `tokens` [n] end a sequence; INVALID_TOKEN does not."""
+        return self._is_eos[tokens]
+
+    # -- executor lives
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.queue) or bool(len(self.slots.running))
+
+    def executor_attached(self, epoch: int, num_blocks: int) -> Iterator[Request]:
+        """A new executor: an empty KV cache of `num_blocks`. Yields the open requests that no longer fit it."""
+        self.epoch, self.attached = epoch, True
+        self.pool = BlockPool(num_blocks)
+        for request in list(self.requests.values()):
+            if request.limit > self.max_seq_len:
+                yield request
+
+    def executor_lost(self) -> None:
+        """The KV cache and all plans in flight are gone; running requests wait again, with their tokens."""
+        self.attached = False
+        self.inflight.clear()
+        for slot in self.slots.running.tolist():
+            request = self.slots.request[slot]
+            assert request is not None
+            self.slots.vacate(slot)
+            self.queue.push(request)
+        self.pool = BlockPool(1)
+        self.was_idle = True
+
+    def check(self) -> None:
+        """Assert every invariant that ties the parts together; cheap enough for tests, not for every step."""
+        slots, block_size = self.slots, self.limits.block_size
+        owned = [b for s in slots.running.tolist() for b in slots.block_table[s, : slots.num_blocks[s]].tolist()]
+        self.pool.check(owned)
+        assert len(slots.running) + slots.num_free == self.limits.max_rows, "a slot is neither free nor running"
+        running = [slots.request[s] for s in slots.running.tolist()]
+        assert all(r is not None and r.state is State.RUNNING for r in running), "a slot runs for no one"
+        assert len(running) + len(self.queue) == len(self.requests), "a request is neither running nor waiting"
+        assert all(slots.computed[s] <= slots.num_blocks[s] * block_size for s in slots.running), "tokens without block"
+        assert len(self.inflight) <= self.config.pipeline_depth, "more plans in flight than the depth"

@@ -1,0 +1,115 @@
+"""Drives the real scheduler against the simulated GPU: plans run and results return as late as a test likes."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from ipc.config import EngineConfig
+from ipc.frames import Plan, Result
+from ipc.schema import Admit, FinishReason, ModelCard, SamplingParams, pack_tokens
+from scheduler.planner import make_plan
+from scheduler.request import Request
+from scheduler.retire import retire
+from scheduler.state import SchedulerState
+from tests.scheduler.simulated_gpu import EOS, VOCAB, SimulatedGpu
+
+
+def tiny_config(**changes: object) -> EngineConfig:
+    card = ModelCard("tiny", "", 64, VOCAB, (EOS,), 4)
+    defaults: dict[str, object] = dict(
+        card=card, block_size=4, num_blocks=17, max_num_seqs=4, max_num_batched_tokens=16, pipeline_depth=2
+    )
+    return EngineConfig(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+@dataclass
+class Outcome:
+    """What one request's frontend has received."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason = FinishReason.RUNNING
+
+
+class Pipeline:
+    """One replica without processes. `outcomes` is what frontends saw; every frame is checked as it is delivered."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.state = SchedulerState(config)
+        self.outcomes: dict[int, Outcome] = {}
+        self.queued: deque[tuple[Plan, set[int]]] = deque()  # planned, not yet run
+        self.done: deque[Result] = deque()  # run, not yet retired
+        self.attach()
+
+    def attach(self) -> None:
+        assert self.config.num_blocks is not None
+        self.gpu = SimulatedGpu(self.config.limits, self.config.num_blocks)
+        for request in self.state.executor_attached(self.state.epoch + 1, self.config.num_blocks):
+            raise AssertionError(f"request {request.request_id} no longer fits")
+
+    def admit(self, request_id: int, prompt: list[int], peer: int = 0, salt: str = "", **params: object) -> Request:
+        sampling = SamplingParams(temperature=0.0, **params)  # type: ignore[arg-type]
+        request = self.state.admit(peer, Admit(request_id, pack_tokens(prompt), sampling, cache_salt=salt))
+        self.outcomes[request_id] = Outcome()
+        return request
+
+    def abort(self, request_id: int) -> bool:
+        found = self.state.abort(0, request_id)
+        if found:
+            self.outcomes[request_id].finish = FinishReason.ABORTED
+        return found
+
+    def plan(self) -> bool:
+        if len(self.state.inflight) >= self.config.pipeline_depth:
+            return False
+        cached = set(self.state.pool.block_of.values())
+        allocate = self.state.pool.allocate
+
+        def record(count: int) -> list[int]:
+            blocks = allocate(count)
+            cached.difference_update(blocks)
+            return blocks
+
+        self.state.pool.allocate = record  # type: ignore[method-assign]
+        plan = make_plan(self.state)
+        self.state.pool.allocate = allocate  # type: ignore[method-assign]
+        if plan is not None:
+            self.queued.append((plan, cached))
+        self.state.register_new_blocks()
+        self.state.check()
+        return plan is not None
+
+    def run(self) -> bool:
+        if not self.queued:
+            return False
+        self.done.append(self.gpu.run(*self.queued.popleft()))
+        return True
+
+    def retire(self) -> bool:
+        if not self.done:
+            return False
+        delivery = retire(self.state, self.done.popleft())
+        for request_id, token, finish in zip(delivery.request_id, delivery.token, delivery.finish, strict=True):
+            outcome = self.outcomes[int(request_id)]
+            assert outcome.finish is FinishReason.RUNNING, "a token after the terminal frame"
+            outcome.tokens.append(int(token))
+            outcome.finish = FinishReason(int(finish))
+        self.state.check()
+        return True
+
+    def crash(self) -> None:
+        """The executor dies with all it was given, and a new one comes up."""
+        self.queued.clear()
+        self.done.clear()
+        self.state.executor_lost()
+        self.attach()
+        self.state.check()
+
+    def drain(self, steps: int = 10_000) -> None:
+        """Run to the end, one move of each kind at a time."""
+        for _ in range(steps):
+            if not (self.plan() | self.run() | self.retire()):
+                break
+        assert not self.state.requests, "requests are left and nothing moves"
+        assert self.state.pool.num_free == self.state.pool.capacity, "blocks leaked"

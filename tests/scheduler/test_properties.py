@@ -1,0 +1,204 @@
+"""The real scheduler against a sequential oracle: any interleaving of arrivals, plans, results, aborts and crashes."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipc.schema import FinishReason
+from scheduler import planner, retire, state
+from scheduler.blocks import BlockPool
+from tests.scheduler.pipeline import Pipeline, tiny_config
+from tests.scheduler.simulated_gpu import EOS, VOCAB, sequential_oracle
+
+
+def trial(seed: int, totals: Counter[str] | None = None) -> None:
+    """One random life of a replica; raises AssertionError on any deviation from the oracle."""
+    rng = random.Random(seed)
+    blocks, block_size = rng.randint(7, 40), rng.choice([2, 4])
+    pipeline = Pipeline(
+        tiny_config(
+            num_blocks=blocks + 1,
+            block_size=block_size,
+            max_num_seqs=rng.randint(1, 6),
+            max_num_batched_tokens=rng.randint(1, 24),
+            max_prefill_chunk=rng.choice([None, 1, 5]),
+            pipeline_depth=rng.randint(1, 3),
+            enable_prefix_caching=rng.random() < 0.8,
+        )
+    )
+    shared = [rng.randrange(1, VOCAB) for _ in range(40)]
+    asked: dict[int, tuple[list[int], int, frozenset[int]]] = {}
+    for request_id in range(rng.randint(1, 12)):
+        length = rng.randint(1, min(20, blocks * block_size - 2))
+        prompt = (shared[: rng.randint(0, length)] + [rng.randrange(1, VOCAB) for _ in range(length)])[:length]
+        stop_ids = frozenset(rng.sample(range(1, VOCAB), rng.choice([0, 0, 2])))
+        asked[request_id] = prompt, rng.randint(1, min(24, blocks * block_size - length)), stop_ids
+    waiting = list(asked)
+    aborts = crashes = 0
+    for _ in range(6000):
+        if not waiting and not pipeline.state.requests and not pipeline.state.inflight:
+            break
+        if waiting and rng.random() < 0.5:
+            request_id = waiting.pop()
+            prompt, max_tokens, stop_ids = asked[request_id]
+            pipeline.admit(
+                request_id,
+                prompt,
+                max_tokens=max_tokens,
+                stop_token_ids=tuple(stop_ids),
+            )
+        if rng.random() < 0.02:
+            aborts += pipeline.abort(rng.randrange(len(asked)))
+        if rng.random() < 0.01:
+            pipeline.crash()
+            crashes += 1
+        moved = pipeline.plan() if rng.random() < 0.8 else False
+        if rng.random() < 0.5 or not moved:
+            moved |= pipeline.run()
+        if rng.random() < 0.6 or not moved:
+            pipeline.retire()
+    assert not waiting and not pipeline.state.requests, "livelock"
+    assert pipeline.state.pool.num_free == pipeline.state.pool.capacity, "blocks leaked"
+    for request_id, (prompt, max_tokens, stop_ids) in asked.items():
+        outcome, expected = pipeline.outcomes[request_id], sequential_oracle(prompt, max_tokens, stop_ids)
+        if outcome.finish is FinishReason.ABORTED:
+            assert outcome.tokens == expected[: len(outcome.tokens)]
+        else:
+            assert outcome.tokens == expected
+            ended = expected[-1] == EOS or expected[-1] in stop_ids
+            assert outcome.finish is (FinishReason.STOP if ended else FinishReason.LENGTH)
+    if totals is not None:
+        counters = pipeline.state.counters
+        totals.update(
+            preemptions=counters.preemptions,
+            hits=counters.prefix_hit_tokens,
+            overshoot=counters.overshoot_rows,
+            aborts=aborts,
+            crashes=crashes,
+        )
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32))
+def test_matches_the_oracle(seed: int) -> None:
+    trial(seed)
+
+
+def test_every_rule_is_exercised() -> None:
+    totals: Counter[str] = Counter()
+    for seed in range(1500):
+        trial(seed, totals)
+    assert min(totals[k] for k in ("preemptions", "hits", "overshoot", "aborts", "crashes")) > 100, totals
+
+
+def _drop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished request's row in flight is taken for its slot's next owner."""
+    vacate = state.SlotTable.vacate
+
+    def same_generation(slots: state.SlotTable, slot: int) -> list[int]:
+        blocks = vacate(slots, slot)
+        slots.generation[slot] -= 1
+        return blocks
+
+    monkeypatch.setattr(state.SlotTable, "vacate", same_generation)
+
+
+def _plan_past_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token is not known ahead: the row runs once too often."""
+    occupy = state.SlotTable.occupy
+
+    def one_more(slots: state.SlotTable, request: object, blocks: list[int], computed: int) -> int:
+        slot = occupy(slots, request, blocks, computed)  # type: ignore[arg-type]
+        slots.limit[slot] += 1
+        return slot
+
+    monkeypatch.setattr(state.SlotTable, "occupy", one_more)
+
+
+def _register_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks become visible to the plan that is still writing them."""
+    place = planner._place
+
+    def visible_at_once(*args: object) -> None:
+        place(*args)  # type: ignore[arg-type]
+        scheduler, request = args[0], args[2]
+        for i, digest in enumerate(request.chain):  # type: ignore[attr-defined]
+            scheduler.pool.register(int(scheduler.slots.block_table[request.slot, i]), digest)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(planner, "_place", visible_at_once)
+
+
+def _keep_cache_over_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix index outlives the memory it describes."""
+
+    def attached(scheduler: state.SchedulerState, epoch: int, num_blocks: int) -> list[object]:
+        scheduler.epoch, scheduler.attached = epoch, True
+        old, scheduler.pool = scheduler.pool, BlockPool(num_blocks)
+        for digest, block in old.block_of.items():
+            scheduler.pool.register(block, digest)
+        return []
+
+    def lost(scheduler: state.SchedulerState) -> None:
+        pool = scheduler.pool
+        original(scheduler)
+        scheduler.pool = pool
+
+    original = state.SchedulerState.executor_lost
+    monkeypatch.setattr(state.SchedulerState, "executor_lost", lost)
+    monkeypatch.setattr(state.SchedulerState, "executor_attached", attached)
+
+
+def _use_last_block_of_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is cached to its last token leaves no token to run."""
+
+    def whole(scheduler: state.SchedulerState, request: state.Request) -> list[int]:
+        return scheduler.pool.find_prefix(request.chain)
+
+    monkeypatch.setattr(planner, "_find_prefix", whole)
+
+
+def _forget_output_on_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    preempt = state.SchedulerState.preempt
+
+    def lossy(scheduler: state.SchedulerState, request: state.Request) -> None:
+        preempt(scheduler, request)
+        request.tokens = request.tokens[: request.prompt_len]
+
+    monkeypatch.setattr(state.SchedulerState, "preempt", lossy)
+
+
+def _ignore_stop_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = retire._append
+
+    def blind(scheduler: state.SchedulerState, slot: object, token: object) -> object:
+        scheduler.slots.has_stop_ids[:] = False
+        return append(scheduler, slot, token)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(retire, "_append", blind)
+
+
+@pytest.mark.parametrize(
+    "break_rule",
+    [
+        _drop_nothing,
+        _plan_past_the_limit,
+        _register_unwritten,
+        _keep_cache_over_crash,
+        _use_last_block_of_prompt,
+        _forget_output_on_preemption,
+        _ignore_stop_ids,
+    ],
+)
+def test_a_broken_rule_is_caught(
+    break_rule: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_rule(monkeypatch)
+    with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
+        for seed in range(400):
+            trial(seed)
