@@ -1,1 +1,1 @@
-"""The executor process: weights, KV cache, streams, lanes. Knows slots, positions and tokens; never a request or text."""
+"""The executor process: weights, KV cache, streams, lanes. Knows slots, positions, tokens; never a request or text."""

@@ -1,10 +1,23 @@
-"""What the model sees of one step, on the device. Built on the compute stream from a plan and the slot state."""
+"""What the model sees of one step, on the device. Built on the compute stream from a plan and the slot state.
+
+Called by the step runner, eagerly or while a CUDA graph is captured. Must never read a device value on the host: all
+shapes follow from the plan's header, which the host reads from the ring slot.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
 import torch
+
+from executor.sampler import Sampler
+from executor.slot_state import SlotState
+from ipc.frames import PLAN_COLUMNS, Bytes, Param, PlanFlag, PlanWord
+
+_HEADER_WORDS: Final = int(PlanWord.OFFSETS) + len(PLAN_COLUMNS)
+_OFFSET_WORD: Final = {name: int(PlanWord.OFFSETS) + i for i, name in enumerate(PLAN_COLUMNS)}
 
 
 @dataclass(slots=True)
@@ -29,3 +42,157 @@ class StepInputs:
     last_index: torch.Tensor  # int64 [rows], index of each row's last token: where logits are wanted
     row_sample: torch.Tensor  # int32 [rows], 0 = the row ends inside its prompt
     block_table: torch.Tensor  # int32 [slots, max_blocks_per_seq]; indexed by row_slot
+
+
+@dataclass(slots=True)
+class PlanHeader:
+    """The counts and offsets of a packed plan, as Python numbers."""
+
+    words: list[int]  # PlanWord
+
+    @classmethod
+    def read(cls, payload: Bytes) -> PlanHeader:
+        return cls(payload[: 8 * _HEADER_WORDS].view(np.int64).tolist())
+
+    @property
+    def flags(self) -> PlanFlag:
+        return PlanFlag(self.words[PlanWord.FLAGS])
+
+    @property
+    def num_rows(self) -> int:
+        return self.words[PlanWord.NUM_ROWS]
+
+    @property
+    def num_decode(self) -> int:
+        return self.words[PlanWord.NUM_DECODE]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.words[PlanWord.NUM_DECODE] + self.words[PlanWord.NUM_PREFILL_TOKENS]
+
+
+@dataclass(slots=True)
+class StagedPlan:
+    """A plan whose bytes are on the device."""
+
+    header: PlanHeader
+    staged: torch.Tensor  # uint8 [at least TOTAL_BYTES]
+
+    def column(self, name: str, count: int) -> torch.Tensor:
+        """View of an int32 column [count]."""
+        offset = self.header.words[_OFFSET_WORD[name]]
+        return self.staged[offset : offset + 4 * count].view(torch.int32)
+
+    def offset(self, name: str) -> int:
+        """Where a column begins in `staged`, in int32 words."""
+        return self.header.words[_OFFSET_WORD[name]] // 4
+
+
+def apply_deltas(plan: StagedPlan, state: SlotState, sampler: Sampler) -> None:
+    """Bring what slots keep up to date: admits, token histories, bias rows. Most steps of decode rows have none."""
+    words, column = plan.header.words, plan.column
+    if admits := words[PlanWord.NUM_ADMITS]:
+        admit_slot = column("admit_slot", admits).long()
+        admit_params = column("admit_params", admits * Param.COUNT).view(admits, Param.COUNT)
+        state.admit(admit_slot, admit_params[:, Param.COMPUTED])
+        sampler.admit(admit_slot, admit_params)
+        if history := words[PlanWord.NUM_HISTORY]:
+            sampler.set_history(
+                admit_slot,
+                column("history_slot", history),
+                column("history_token", history),
+                column("history_count", history),
+            )
+    if bias := words[PlanWord.NUM_BIAS]:
+        sampler.set_bias(
+            column("bias_slot", bias),
+            column("bias_index", bias),
+            column("bias_token", bias),
+            column("bias_value", bias).view(torch.float32),
+            column("bias_until", bias),
+        )
+
+
+def apply_blocks(plan: StagedPlan, state: SlotState) -> None:
+    """Enter the plan's block deltas into the block tables."""
+    if count := plan.header.words[PlanWord.NUM_BLOCKS]:
+        slot, index, block = (plan.column(name, count) for name in ("block_slot", "block_index", "block_id"))
+        state.set_blocks(slot, index, block)
+
+
+def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
+    """Inputs of a step as its plan says; advances the position of its rows."""
+    header = plan.header
+    rows, num_decode, num_tokens = header.num_rows, header.num_decode, header.num_tokens
+    row_slot = plan.column("row_slot", rows)  # [rows]
+    row_sample = plan.column("row_sample", rows)  # [rows]
+    max_kv_len = header.words[PlanWord.MAX_KV_LEN]
+    if rows == num_decode:
+        return build_decode_inputs(row_slot, row_sample, state, max_kv_len)
+    device = row_slot.device
+    row_slot = row_slot.long()
+    query_len = plan.column("row_query_len", rows)  # [rows]
+    query_start = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    torch.cumsum(query_len, 0, dtype=torch.int32, out=query_start[1:])
+    token_row = torch.repeat_interleave(query_len.long(), output_size=num_tokens)  # [tokens], token -> row
+    position = state.position[row_slot]  # [rows]
+    token_ids = plan.column("prefill_token", num_tokens - num_decode).long()
+    if num_decode:
+        token_ids = torch.cat((state.last_token[row_slot[:num_decode]], token_ids))
+    offset = torch.arange(num_tokens, device=device) - query_start[token_row]  # [tokens], within the row's chunk
+    positions = position[token_row] + offset
+    kv_len = position + query_len
+    state.set_positions(row_slot, kv_len)
+    return StepInputs(
+        num_rows=rows,
+        num_decode=num_decode,
+        num_tokens=num_tokens,
+        max_query_len=header.words[PlanWord.MAX_QUERY_LEN],
+        max_kv_len=max_kv_len,
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=_slot_mapping(state, row_slot[token_row], positions),
+        row_slot=row_slot,
+        query_start=query_start,
+        kv_len=kv_len.int(),
+        last_index=(query_start[1:] - 1).long(),
+        row_sample=row_sample,
+        block_table=state.block_table,
+    )
+
+
+def build_decode_inputs(
+    row_slot: torch.Tensor, row_sample: torch.Tensor, state: SlotState, max_kv_len: int
+) -> StepInputs:
+    """Inputs of a step of decode rows only, int32 [rows] each; advances their positions. Capturable in a CUDA graph.
+
+    Each row's input token is gathered from `last_token[slot]`: the carry-over, which the host has never seen.
+    """
+    rows = len(row_slot)
+    slot = row_slot.long()
+    position = state.position[slot]  # [rows]
+    kv_len = position + 1
+    state.set_positions(slot, kv_len)
+    index = torch.arange(rows + 1, device=slot.device)
+    return StepInputs(
+        num_rows=rows,
+        num_decode=rows,
+        num_tokens=rows,
+        max_query_len=1,
+        max_kv_len=max_kv_len,
+        token_ids=state.last_token[slot],
+        positions=position,
+        slot_mapping=_slot_mapping(state, slot, position),
+        row_slot=slot,
+        query_start=index.int(),
+        kv_len=kv_len.int(),
+        last_index=index[:rows],
+        row_sample=row_sample,
+        block_table=state.block_table,
+    )
+
+
+def _slot_mapping(state: SlotState, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Where K and V of tokens at `position` int64 [n] of `slot` int64 [n] go, int64 [n]."""
+    block = torch.div(position, state.block_size, rounding_mode="floor")
+    return state.block_table[slot, block] * state.block_size + position - block * state.block_size

@@ -85,6 +85,7 @@ class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
 
     scheduler: str  # endpoint to connect to
     listen_fd: int  # the bound HTTP socket, shared by all frontends
+    ready_bell: int  # rung once when this frontend can serve
     parent_pipe: int
 
 

@@ -1,0 +1,369 @@
+# mypy: ignore-errors
+"""Triton kernels over paged keys and values. Launched by `executor.attention.triton` only.
+
+Pages are [blocks, page, kv_heads, dim], contiguous; a row's are at block_table[row_slot[row]]. Every length is read on
+the device, so a launch is the same for any lengths and can be part of a CUDA graph. Dimensions that are not a
+power of two are padded with masked lanes. Arguments that change from step to step are not specialized, so nothing is
+compiled while serving. Lanes outside a row read page 0 or the tail of a page, whose values are finite.
+Softmax runs on base-2 exponentials: `scale` holds the attention scale times log2(e), or log2(e) alone with a soft-cap.
+"""
+
+import triton
+import triton.language as tl
+
+_NEVER = tl.constexpr(-1.0e30)  # a score that no key reaches; not -inf, whose difference with itself is NaN
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load(pointer, lanes, dim: tl.constexpr, padded: tl.constexpr):
+    """A tile of `dim` of `padded` lanes along its last axis; `lanes` broadcasts over the others."""
+    if dim == padded:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=lanes < dim, other=0.0)
+
+
+@triton.jit
+def _finite(x):
+    """NaN and infinities become 0: one request's fault must not pass through a masked lane to the next owner."""
+    wide = x.to(tl.float32)
+    return tl.where(tl.abs(wide) < float("inf"), x, tl.zeros_like(x))
+
+
+@triton.jit
+def write_kv_kernel(
+    key,
+    value,
+    k_cache,
+    v_cache,
+    slot_mapping,  # [tokens]
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    kv_heads: tl.constexpr,
+    k_dim: tl.constexpr,
+    v_dim: tl.constexpr,
+    heads_pad: tl.constexpr,
+    k_pad: tl.constexpr,
+    v_pad: tl.constexpr,
+):
+    """One program stores all heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    head = tl.arange(0, heads_pad)[:, None]
+    k_lane = tl.arange(0, k_pad)[None, :]
+    v_lane = tl.arange(0, v_pad)[None, :]
+    k_ok = (head < kv_heads) & (k_lane < k_dim)
+    v_ok = (head < kv_heads) & (v_lane < v_dim)
+    k = tl.load(key + token * key_token + head * key_head + k_lane, mask=k_ok, other=0.0)
+    v = tl.load(value + token * value_token + head * value_head + v_lane, mask=v_ok, other=0.0)
+    tl.store(k_cache + (slot * kv_heads + head) * k_dim + k_lane, _finite(k), mask=k_ok)
+    tl.store(v_cache + (slot * kv_heads + head) * v_dim + v_lane, _finite(v), mask=v_ok)
+
+
+@triton.jit(do_not_specialize=["rows", "capacity"])
+def split_kernel(
+    kv_len,  # [rows]
+    item_row,  # [capacity] work item -> row
+    item_split,  # [capacity] work item -> which chunk of the row
+    row_splits,  # [rows] chunks of a row
+    row_offset,  # [rows] where the row's partial results begin
+    header,  # [2] number of work items, tokens of a chunk
+    rows,
+    capacity,
+    slots,
+    window,
+    rows_pad: tl.constexpr,
+    block_n: tl.constexpr,
+    min_chunk: tl.constexpr,
+    overhead: tl.constexpr,
+):
+    """Cut the rows of a step into work items of one chunk each, whole chunks before remainders. One program.
+
+    The chunk is the one of a few candidates with the shortest estimated makespan on `slots` equal workers, where an
+    item costs its tokens plus `overhead`.
+    """
+    row = tl.arange(0, rows_pad)
+    span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
+    longest = tl.max(span, 0)
+    total = tl.sum(span, 0)
+    chunk = tl.maximum(tl.cdiv(longest, block_n) * block_n, min_chunk)
+    best = 2147483647
+    for i in range(1, 18):
+        parts = ((2 + (i & 1)) << (i >> 1)) >> 1  # 1, 2, 3, 4, 6, 8, 12, 16, ... 256
+        candidate = tl.maximum(tl.cdiv(tl.cdiv(longest, parts), block_n) * block_n, min_chunk)
+        whole = tl.sum(span // candidate, 0)
+        items = tl.sum(tl.cdiv(span, candidate), 0)
+        waves = tl.cdiv(whole, slots) * (candidate + overhead)
+        even = (total + overhead * items) // slots
+        cost = tl.maximum(tl.maximum(waves, even), tl.minimum(candidate, longest) + overhead)
+        better = (cost < best) & (items <= capacity)
+        best = tl.where(better, cost, best)
+        chunk = tl.where(better, candidate, chunk)
+    whole = span // chunk
+    rest = (span % chunk != 0).to(tl.int32)
+    wholes = tl.sum(whole, 0)
+    whole_first = tl.cumsum(whole, 0) - whole
+    rest_first = wholes + tl.cumsum(rest, 0) - rest
+    splits = whole + rest
+    tl.store(row_splits + row, splits, mask=row < rows)
+    tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
+    for i in range(0, tl.max(whole, 0)):
+        tl.store(item_row + whole_first + i, row, mask=i < whole)
+        tl.store(item_split + whole_first + i, i + tl.zeros_like(row), mask=i < whole)
+    tl.store(item_row + rest_first, row, mask=rest > 0)
+    tl.store(item_split + rest_first, whole, mask=rest > 0)
+    tl.store(header, tl.sum(splits, 0))
+    tl.store(header + 1, chunk)
+
+
+@triton.jit
+def _scores(q, k, cap, cap_scale, has_softcap: tl.constexpr, precision: tl.constexpr):
+    """[M, N] products of queries and keys, soft-capped if asked; still to be multiplied by `scale`."""
+    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    if has_softcap:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), which saturates where exp overflows
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * (cap_scale * 2.0 * _LOG2E)) + 1.0))
+    return scores
+
+
+@triton.jit
+def _accumulate(scores, v, scale, top, denominator, acc, precision: tl.constexpr):
+    """One step of the online softmax; `top` is the running maximum in base-2 units."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_top[:, None])
+    keep = tl.exp2(top - new_top)
+    denominator = denominator * keep + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=precision)
+    return new_top, denominator, acc
+
+
+@triton.jit
+def decode_kernel(
+    query,
+    k_cache,
+    v_cache,
+    block_table,
+    row_slot,  # [rows]
+    kv_len,  # [rows]
+    item_row,
+    item_split,
+    row_splits,
+    row_offset,
+    header,
+    partial,  # [items, q_heads, v_dim]
+    partial_lse,  # [items, q_heads], base 2
+    sinks,  # [q_heads]
+    out,  # [rows, q_heads, v_dim]
+    scale,
+    cap,
+    cap_scale,
+    window,
+    query_row,
+    query_head,
+    table_row,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    k_dim: tl.constexpr,
+    v_dim: tl.constexpr,
+    k_pad: tl.constexpr,
+    v_pad: tl.constexpr,
+    page: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    has_softcap: tl.constexpr,
+    has_sinks: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One program = one work item of one KV head. A row in one piece is finished here, others leave partials."""
+    head = tl.program_id(0) % kv_heads
+    item = tl.program_id(0) // kv_heads
+    if item < tl.load(header):
+        row = tl.load(item_row + item)
+        split = tl.load(item_split + item)
+        chunk = tl.load(header + 1)
+        splits = tl.load(row_splits + row)
+        length = tl.load(kv_len + row)
+        start = tl.maximum(length - window, 0) + split * chunk
+        stop = tl.minimum(start + chunk, length)
+        lane_m = tl.arange(0, block_m)
+        lane_n = tl.arange(0, block_n)
+        lane_k = tl.arange(0, k_pad)
+        lane_v = tl.arange(0, v_pad)
+        in_group = lane_m < group
+        q_head = head * group + lane_m
+        q = tl.load(
+            query + row * query_row + q_head[:, None] * query_head + lane_k[None, :],
+            mask=in_group[:, None] & (lane_k < k_dim)[None, :],
+            other=0.0,
+        )
+        top = tl.full([block_m], _NEVER, tl.float32)
+        denominator = tl.zeros([block_m], tl.float32)
+        if has_sinks:  # noqa: SIM102 - the outer one is decided at compile time
+            # The sink counts once: here if the row is in one piece, else where its pieces meet.
+            if splits == 1:
+                top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * _LOG2E
+                denominator += 1.0
+        acc = tl.zeros([block_m, v_pad], tl.float32)
+        table = block_table + tl.load(row_slot + row) * table_row
+        block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
+        for first in tl.range(start, stop, block_n):
+            token = first + lane_n
+            place = (block.to(tl.int64) * page + token % page) * kv_heads + head
+            ahead = token + block_n
+            block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
+            k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
+            v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
+            scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
+            scores = tl.where((token < stop)[None, :], scores, _NEVER)
+            top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
+        result = acc / denominator[:, None]
+        stored = in_group[:, None] & (lane_v < v_dim)[None, :]
+        if splits == 1:
+            place_out = (row * (kv_heads * group) + q_head)[:, None] * v_dim + lane_v[None, :]
+            tl.store(out + place_out, result.to(out.dtype.element_ty), mask=stored)
+        else:
+            piece = (tl.load(row_offset + row) + split) * (kv_heads * group) + q_head
+            tl.store(partial + piece[:, None] * v_dim + lane_v[None, :], result, mask=stored)
+            tl.store(partial_lse + piece, top + tl.log2(denominator), mask=in_group)
+
+
+@triton.jit
+def combine_kernel(
+    partial,
+    partial_lse,
+    row_splits,
+    row_offset,
+    sinks,
+    out,
+    q_heads: tl.constexpr,
+    v_dim: tl.constexpr,
+    v_pad: tl.constexpr,
+    has_sinks: tl.constexpr,
+):
+    """Join the pieces of a row that was cut; one program for each row and query head. A row of no keys gets zeros."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    splits = tl.load(row_splits + row)
+    if splits != 1:
+        first = tl.load(row_offset + row)
+        lane = tl.arange(0, v_pad)
+        top = _NEVER + 0.0
+        denominator = 0.0
+        if has_sinks:
+            top = tl.load(sinks + head).to(tl.float32) * _LOG2E
+            denominator = 1.0
+        acc = tl.zeros([v_pad], tl.float32)
+        for i in range(0, splits):
+            piece = (first + i) * q_heads + head
+            lse = tl.load(partial_lse + piece)
+            x = tl.load(partial + piece * v_dim + lane, mask=lane < v_dim, other=0.0)
+            new_top = tl.maximum(top, lse)
+            keep = tl.exp2(top - new_top)
+            weight = tl.exp2(lse - new_top)
+            acc = acc * keep + x * weight
+            denominator = denominator * keep + weight
+            top = new_top
+        result = acc / tl.where(denominator == 0.0, 1.0, denominator)
+        tl.store(out + (row * q_heads + head) * v_dim + lane, result.to(out.dtype.element_ty), mask=lane < v_dim)
+
+
+@triton.jit(do_not_specialize=["row_slot", "kv_len", "query_start"])
+def prefill_kernel(
+    query,
+    k_cache,
+    v_cache,
+    block_table,
+    row_slot,  # [rows]
+    kv_len,  # [rows]
+    query_start,  # [rows + 1]
+    sinks,  # [q_heads]
+    out,  # [tokens, q_heads, v_dim]
+    scale,
+    cap,
+    cap_scale,
+    window,
+    query_token,
+    query_head,
+    table_row,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    k_dim: tl.constexpr,
+    v_dim: tl.constexpr,
+    k_pad: tl.constexpr,
+    v_pad: tl.constexpr,
+    page: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    has_window: tl.constexpr,
+    has_softcap: tl.constexpr,
+    has_sinks: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Causal attention of a row's new tokens over all its pages, the new ones included.
+
+    The query heads of one KV head share a tile: block_m // group tokens of `group` heads each.
+    """
+    tile_tokens: tl.constexpr = block_m // group
+    row = tl.program_id(2)
+    head = tl.program_id(1)
+    first_query = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - first_query
+    # The last tiles see most keys: they start first.
+    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * tile_tokens
+    if first_token < num_queries:
+        length = tl.load(kv_len + row)
+        lane_m = tl.arange(0, block_m)
+        lane_n = tl.arange(0, block_n)
+        lane_k = tl.arange(0, k_pad)
+        lane_v = tl.arange(0, v_pad)
+        token = first_token + lane_m // group
+        q_head = head * group + lane_m % group
+        in_tile = (lane_m < tile_tokens * group) & (token < num_queries)
+        place_q = (first_query + token).to(tl.int64)
+        q = tl.load(
+            query + (place_q * query_token + q_head * query_head)[:, None] + lane_k[None, :],
+            mask=in_tile[:, None] & (lane_k < k_dim)[None, :],
+            other=0.0,
+        )
+        position = length - num_queries + token
+        low = length - num_queries + first_token
+        stop = tl.minimum(low + tile_tokens, length)
+        start = 0
+        unmasked = (low + 1) // block_n * block_n
+        if has_window:
+            start = tl.maximum(low + 1 - window, 0) // block_n * block_n
+            unmasked = start
+        top = tl.full([block_m], _NEVER, tl.float32)
+        denominator = tl.zeros([block_m], tl.float32)
+        if has_sinks:
+            top = tl.load(sinks + q_head, mask=in_tile, other=0.0).to(tl.float32) * _LOG2E
+            denominator += 1.0
+        acc = tl.zeros([block_m, v_pad], tl.float32)
+        table = block_table + tl.load(row_slot + row) * table_row
+        block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
+        for first in tl.range(start, unmasked, block_n):
+            key = first + lane_n
+            place = (block.to(tl.int64) * page + key % page) * kv_heads + head
+            ahead = key + block_n
+            block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
+            k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
+            v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
+            scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
+            top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
+        for first in tl.range(unmasked, stop, block_n):
+            key = first + lane_n
+            block = tl.load(table + key // page, mask=key < stop, other=0)
+            place = (block.to(tl.int64) * page + key % page) * kv_heads + head
+            k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
+            v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
+            scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
+            visible = key[None, :] <= position[:, None]
+            if has_window:
+                visible = visible & (key[None, :] > position[:, None] - window)
+            scores = tl.where(visible, scores, _NEVER)
+            top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
+        place_out = (place_q * (kv_heads * group) + q_head)[:, None] * v_dim + lane_v[None, :]
+        result = (acc / denominator[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place_out, result, mask=in_tile[:, None] & (lane_v < v_dim)[None, :])

@@ -1,0 +1,264 @@
+"""Attention on CUDA: Triton kernels that read pages in place. Called by the model's layers through `executor.probe`.
+
+Owns the work lists of split-KV decode, one for each (window, KV heads) a model has, rebuilt on the device every step,
+and the scratch for partial results; both are allocated once. Must never read a length on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import triton
+
+from executor.attention import LayerSpec, PagedLayer
+from executor.attention.kernels import combine_kernel, decode_kernel, prefill_kernel, split_kernel, write_kv_kernel
+from executor.inputs import StepInputs
+
+_LOG2E: Final = math.log2(math.e)
+_NO_WINDOW: Final = 1 << 30
+_PROGRAMS_PER_SM: Final = 2  # decode programs that run at once on one multiprocessor
+_SPLIT_BLOCK: Final = 64
+_MIN_CHUNK: Final = 128
+_CHUNK_OVERHEAD: Final = 96  # cost of starting a work item, in KV tokens
+
+
+class WorkList:
+    """How the decode rows of a step are cut into chunks. Filled by one small kernel, shared by all layers alike."""
+
+    def __init__(self, window: int | None, kv_heads: int, max_rows: int, device: torch.device) -> None:
+        self.window = window or _NO_WINDOW
+        self.kv_heads = kv_heads
+        self._slots = max(1, _multiprocessors(device) * _PROGRAMS_PER_SM // kv_heads)
+        self._rows_pad = triton.next_power_of_2(max_rows)
+        items = self.capacity(max_rows)
+        self.item_row = torch.zeros(items, dtype=torch.int32, device=device)
+        self.item_split = torch.zeros(items, dtype=torch.int32, device=device)
+        self.row_splits = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.row_offset = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.header = torch.zeros(2, dtype=torch.int32, device=device)  # work items, tokens of a chunk
+
+    def capacity(self, rows: int) -> int:
+        """Work items a step of `rows` decode rows may have: the fixed bound that a launch covers."""
+        return rows + 2 * self._slots
+
+    def fill(self, kv_len: torch.Tensor, rows: int) -> None:
+        """Cut the first `rows` of `kv_len`, int32 [rows]."""
+        split_kernel[(1,)](
+            kv_len,
+            self.item_row,
+            self.item_split,
+            self.row_splits,
+            self.row_offset,
+            self.header,
+            rows,
+            self.capacity(rows),
+            self._slots,
+            self.window,
+            rows_pad=self._rows_pad,
+            block_n=_SPLIT_BLOCK,
+            min_chunk=_MIN_CHUNK,
+            overhead=_CHUNK_OVERHEAD,
+            num_warps=4,
+        )
+
+
+class TritonBackend:
+    """The backend of CUDA devices."""
+
+    name: Final = "triton"
+
+    def __init__(self, specs: Sequence[LayerSpec], block_size: int, max_rows: int, device: torch.device) -> None:
+        self._block_size = block_size
+        keys = {(spec.window, spec.kv_heads) for spec in specs}
+        self._work = {key: WorkList(*key, max_rows=max_rows, device=device) for key in keys}
+        items = max(work.capacity(max_rows) for work in self._work.values())
+        heads = max(spec.q_heads for spec in specs)
+        width = max(spec.q_heads * spec.v_dim for spec in specs)
+        self._partial = torch.zeros(items * width, dtype=torch.float32, device=device)
+        self._partial_lse = torch.zeros(items * heads, dtype=torch.float32, device=device)
+        self._inputs: StepInputs | None = None
+
+    def begin(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+        if inputs.num_decode:
+            for work in self._work.values():
+                work.fill(inputs.kv_len, inputs.num_decode)
+
+    def attend(
+        self,
+        layer: PagedLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inputs, spec = self._inputs, layer.spec
+        assert inputs is not None, "attend before begin"
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
+        _write(layer, inputs, key, value)
+        if inputs.num_decode:
+            self._decode(layer, inputs, query, sinks, out)
+        if inputs.num_rows > inputs.num_decode:
+            _prefill(layer, inputs, query, sinks, out)
+        return out
+
+    def _decode(
+        self, layer: PagedLayer, inputs: StepInputs, query: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        spec, rows = layer.spec, inputs.num_decode
+        work = self._work[spec.window, spec.kv_heads]
+        block_n, num_warps, num_stages = _decode_tile(spec)
+        decode_kernel[(work.capacity(rows) * spec.kv_heads,)](
+            query,
+            layer.k_cache,
+            layer.v_cache,
+            inputs.block_table,
+            inputs.row_slot,
+            inputs.kv_len,
+            work.item_row,
+            work.item_split,
+            work.row_splits,
+            work.row_offset,
+            work.header,
+            self._partial,
+            self._partial_lse,
+            query if sinks is None else sinks,
+            out,
+            *_scales(spec),
+            work.window,
+            query.stride(0),
+            query.stride(1),
+            inputs.block_table.stride(0),
+            **_dims(spec),
+            page=self._block_size,
+            block_m=max(16, triton.next_power_of_2(spec.group)),
+            block_n=block_n,
+            has_softcap=spec.softcap is not None,
+            has_sinks=sinks is not None,
+            precision=_precision(spec),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        combine_kernel[(rows, spec.q_heads)](
+            self._partial,
+            self._partial_lse,
+            work.row_splits,
+            work.row_offset,
+            query if sinks is None else sinks,
+            out,
+            q_heads=spec.q_heads,
+            v_dim=spec.v_dim,
+            v_pad=triton.next_power_of_2(spec.v_dim),
+            has_sinks=sinks is not None,
+            num_warps=2,
+        )
+
+
+def _write(layer: PagedLayer, inputs: StepInputs, key: torch.Tensor, value: torch.Tensor) -> None:
+    spec = layer.spec
+    write_kv_kernel[(key.shape[0],)](
+        key,
+        value,
+        layer.k_cache,
+        layer.v_cache,
+        inputs.slot_mapping,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        kv_heads=spec.kv_heads,
+        k_dim=spec.k_dim,
+        v_dim=spec.v_dim,
+        heads_pad=triton.next_power_of_2(spec.kv_heads),
+        k_pad=triton.next_power_of_2(spec.k_dim),
+        v_pad=triton.next_power_of_2(spec.v_dim),
+        num_warps=4,
+    )
+
+
+def _prefill(
+    layer: PagedLayer, inputs: StepInputs, query: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    spec, decode = layer.spec, inputs.num_decode
+    block_m, block_n, num_warps, num_stages = _prefill_tile(spec)
+    grid = (triton.cdiv(inputs.max_query_len, block_m // spec.group), spec.kv_heads, inputs.num_rows - decode)
+    prefill_kernel[grid](
+        query,
+        layer.k_cache,
+        layer.v_cache,
+        inputs.block_table,
+        inputs.row_slot[decode:],
+        inputs.kv_len[decode:],
+        inputs.query_start[decode:],
+        query if sinks is None else sinks,
+        out,
+        *_scales(spec),
+        spec.window or _NO_WINDOW,
+        query.stride(0),
+        query.stride(1),
+        inputs.block_table.stride(0),
+        **_dims(spec),
+        page=layer.k_cache.shape[1],
+        block_m=block_m,
+        block_n=block_n,
+        has_window=spec.window is not None,
+        has_softcap=spec.softcap is not None,
+        has_sinks=sinks is not None,
+        precision=_precision(spec),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def _dims(spec: LayerSpec) -> dict[str, int]:
+    return {
+        "kv_heads": spec.kv_heads,
+        "group": spec.group,
+        "k_dim": spec.k_dim,
+        "v_dim": spec.v_dim,
+        "k_pad": triton.next_power_of_2(spec.k_dim),
+        "v_pad": triton.next_power_of_2(spec.v_dim),
+    }
+
+
+def _scales(spec: LayerSpec) -> tuple[float, float, float]:
+    """(scale, cap, cap_scale) as the kernels take them."""
+    if spec.softcap is None:
+        return spec.scale * _LOG2E, 0.0, 0.0
+    return _LOG2E, spec.softcap, spec.scale / spec.softcap
+
+
+def _precision(spec: LayerSpec) -> str:
+    """float32 models keep float32 products; narrower ones take the tensor cores either way."""
+    return "ieee" if spec.dtype == torch.float32 else "tf32"
+
+
+def _row_bytes(spec: LayerSpec) -> int:
+    """Shared memory of one token of K and V in a tile."""
+    return int(triton.next_power_of_2(spec.k_dim) + triton.next_power_of_2(spec.v_dim)) * spec.dtype.itemsize
+
+
+def _decode_tile(spec: LayerSpec) -> tuple[int, int, int]:
+    """(KV tokens, warps, pipeline stages): measured best for head 128 in bf16, smaller where a token is wider."""
+    if _row_bytes(spec) <= 512:
+        return 64, 4, 3
+    return (32, 4, 3) if _row_bytes(spec) <= 1024 else (16, 4, 2)
+
+
+def _prefill_tile(spec: LayerSpec) -> tuple[int, int, int, int]:
+    """(query lanes, KV tokens, warps, pipeline stages)."""
+    if _row_bytes(spec) <= 512:
+        tile = 128, 64, 8, 3
+    elif _row_bytes(spec) <= 1024:
+        tile = 64, 32, 4, 2
+    else:
+        tile = 32, 16, 4, 2
+    return max(tile[0], triton.next_power_of_2(spec.group)), *tile[1:]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4

@@ -1,0 +1,125 @@
+"""An executor without a model or a device, for benches and tests of everything around it.
+
+Entry `python -P -m executor.fake --start-fd N`; speaks the same rings as the real one and must never import torch. The
+token at position p of a slot is the ((seed + p) mod n)-th of the n ids that do not end a sequence, so a reader can
+predict every stream. ENGINE_FAKE_STEP_US makes a step take that long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from typing import Final
+
+import numpy as np
+
+import executor
+import ipc
+from executor.fault import read_fault
+from executor.wire import Wire
+from ipc.clock import now_ns
+from ipc.config import EngineConfig, ExecutorChannels, read_start
+from ipc.errors import ConfigError
+from ipc.frames import (
+    INVALID_TOKEN,
+    RESULT_HEADER_BYTES,
+    Bytes,
+    Int32,
+    Int64,
+    Param,
+    Plan,
+    PlanFlag,
+    read_plan,
+    write_result_header,
+)
+from ipc.lifetime import enter_process, fail
+
+DEFAULT_NUM_BLOCKS: Final = 65536
+
+
+class FakeModel:
+    """Positions and seeds by slot, and the rule that makes tokens of them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._position = np.zeros(config.max_num_seqs, np.int64)
+        self._seed = np.zeros(config.max_num_seqs, np.int64)
+        ids = np.arange(config.card.vocab_size, dtype=np.int32)
+        self._tokens: Int32 = ids[~np.isin(ids, config.card.eos_token_ids)]
+
+    def step(self, plan: Plan) -> Int32:
+        """Advance the rows of `plan`; the token of each, int32 [rows]."""
+        self._position[plan.admit_slot] = plan.admit_params[:, Param.COMPUTED]
+        self._seed[plan.admit_slot] = plan.admit_params[:, Param.SEED_LOW]
+        self._position[plan.row_slot] += plan.row_query_len
+        index: Int64 = self._seed[plan.row_slot] + self._position[plan.row_slot]
+        tokens: Int32 = self._tokens[index % len(self._tokens)]
+        return tokens
+
+
+def run(config: EngineConfig, channels: ExecutorChannels) -> int:
+    """Serve plans until SIGTERM; returns the exit code."""
+    wire = Wire(channels)
+    wire.stop_on_sigterm()
+    model, fault = FakeModel(config), read_fault(channels.epoch)
+    layout = config.result_layout
+    step_ns = 1000 * int(os.environ.get("ENGINE_FAKE_STEP_US", "0"))
+    wire.hello(config.num_blocks or DEFAULT_NUM_BLOCKS)
+    step, previous_end_ns = 0, 0
+    while (payload := wire.next_plan()) is not None:
+        step += 1
+        start_ns = now_ns()
+        poison = fault.strike(step)
+        plan = read_plan(payload)
+        result_seq, result = wire.begin_result()
+        tokens = model.step(plan)
+        if poison:
+            tokens[0] = INVALID_TOKEN
+        result[layout.token : layout.token + tokens.nbytes].view(np.int32)[:] = tokens
+        has_logprobs = bool(plan.flags & PlanFlag.LOGPROBS)
+        if has_logprobs:
+            _write_logprobs(result, layout.logprob, layout.nbytes)
+        launch_ns = now_ns() - start_ns
+        if step_ns:
+            time.sleep(max(0, step_ns - launch_ns) * 1e-9)
+        end_ns = now_ns()
+        write_result_header(
+            result,
+            seq=plan.seq,
+            epoch=plan.epoch,
+            num_rows=plan.num_rows,
+            has_logprobs=has_logprobs,
+            device_ns=end_ns - start_ns if step_ns else 0,
+            gap_ns=start_ns - previous_end_ns if previous_end_ns else 0,
+            launch_ns=launch_ns,
+            hidden=not wire.waited,
+        )
+        previous_end_ns = end_ns
+        wire.publish(result_seq, plan.seq)
+    return 0
+
+
+def _write_logprobs(result: Bytes, start: int, end: int) -> None:
+    """Every log-probability is 0, every rank 0, every alternative token 0."""
+    assert start >= RESULT_HEADER_BYTES, "columns follow the header"
+    result[start:end] = 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="executor.fake")
+    parser.add_argument("--start-fd", type=int, required=True, help="memory file with the configuration and channels")
+    config, channels = read_start(parser.parse_args().start_fd, EngineConfig, ExecutorChannels)
+    try:
+        enter_process("executor", channels.parent_pipe, ipc, executor)
+        return run(config, channels)
+    except ConfigError as error:
+        return fail("executor", error)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

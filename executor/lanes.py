@@ -1,0 +1,260 @@
+"""Lanes: the dual buffers of a step, and the three streams that keep the device busy while the host prepares.
+
+Owns the h2d, compute and d2h streams, D lanes (device buffers in and out), the events between them, and the thread that
+retires steps. Called by the executor's launch loop, or by any other pipeline: nothing here knows about models.
+`launch` must never wait for the device, except when all D lanes are taken.
+
+    h2d      [in N+1]                    |  copy of step N+1's bytes, while N computes
+    compute  |---- step N ----|---- step N+1 ----|
+    d2h                       [out N]    |  copy of step N's bytes, while N+1 computes
+
+Only `compute` may touch state that outlives a step: that one rule replaces every other barrier. Host buffers are the
+caller's; on a CUDA device they must be pinned for the copies to be asynchronous. On the CPU the same code runs on
+streams that execute at once and events that only remember the time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Step = Callable[[torch.Tensor, torch.Tensor], None]  # (device input bytes, device output bytes)
+
+
+class Event(Protocol):
+    def record(self, stream: Any) -> None: ...
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Any) -> float: ...  # milliseconds from this event to `end`
+
+
+class Streams(Protocol):
+    """What a device offers: three in-order queues, events, and whether work runs inside the call that queues it."""
+
+    inline: bool
+    h2d: Any
+    compute: Any
+    d2h: Any
+
+    def event(self, *, timing: bool) -> Event: ...
+    def on(self, stream: Any) -> AbstractContextManager[Any]: ...
+
+
+class CudaStreams:
+    """Real streams. Events that are waited for on the host sleep instead of spinning: it costs 20 us, not a core."""
+
+    inline = False
+
+    def __init__(self, device: torch.device) -> None:
+        stream: Any = torch.cuda.Stream
+        self.h2d, self.compute, self.d2h = stream(device), stream(device), stream(device)
+
+    def event(self, *, timing: bool) -> Event:
+        make: Any = torch.cuda.Event
+        event: Event = make(enable_timing=timing, blocking=True)
+        return event
+
+    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+
+class InlineEvent:
+    """The time at which the host passed here; it is always complete."""
+
+    def __init__(self) -> None:
+        self._time_ns = 0
+
+    def record(self, stream: Any) -> None:
+        self._time_ns = time.monotonic_ns()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: InlineEvent) -> float:
+        return (end._time_ns - self._time_ns) * 1e-6
+
+
+class InlineStream:
+    """A stream without a queue: what is put on it has run already."""
+
+    def wait_event(self, event: InlineEvent) -> None:
+        pass
+
+
+class InlineStreams:
+    """The CPU as a device."""
+
+    inline = True
+
+    def __init__(self) -> None:
+        self.h2d, self.compute, self.d2h = InlineStream(), InlineStream(), InlineStream()
+
+    def event(self, *, timing: bool) -> Event:
+        return InlineEvent()
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+def open_streams(device: torch.device) -> Streams:
+    return CudaStreams(device) if device.type == "cuda" else InlineStreams()
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What one step cost. `hidden`: it was queued before the device ran dry, so its preparation cost nothing."""
+
+    device_ns: int  # compute stream, first to last kernel
+    gap_ns: int  # compute stream idle since the step before
+    launch_ns: int  # host time from `since_ns` until everything was queued, without what the device itself ran inline
+    hidden: bool
+
+
+@dataclass(slots=True)
+class _Lane:
+    input: torch.Tensor  # uint8 [in_bytes], on the device
+    output: torch.Tensor  # uint8 [out_bytes], on the device
+    loaded: Event  # h2d done
+    stored: Event  # d2h done
+
+
+@dataclass(slots=True)
+class _Span:
+    """Compute stream of one step. One more than lanes, because the next step's gap is measured from `end`."""
+
+    start: Event
+    end: Event
+
+
+@dataclass(slots=True)
+class _Launched:
+    lane: _Lane
+    span: _Span
+    previous: _Span | None
+    launch_ns: int
+    hidden: bool
+    tag: Any
+
+
+class Lanes:
+    """D buffer sets used in turn; steps run and retire in the order of their launch.
+
+    `on_done(tag, times)` is called on the retire thread once `host_out` of that step holds its bytes; `on_error(error)`
+    once, if the device or `on_done` failed, after which `launch` raises.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        device: torch.device,
+        *,
+        depth: int,
+        in_bytes: int,
+        out_bytes: int,
+        on_done: Callable[[Any, StepTimes], None],
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._streams, self._on_done, self._on_error = streams, on_done, on_error
+        self._lanes = [
+            _Lane(
+                input=torch.empty(in_bytes, dtype=torch.uint8, device=device),
+                output=torch.empty(out_bytes, dtype=torch.uint8, device=device),
+                loaded=streams.event(timing=False),
+                stored=streams.event(timing=False),
+            )
+            for _ in range(depth)
+        ]
+        self._spans = [_Span(streams.event(timing=True), streams.event(timing=True)) for _ in range(depth + 1)]
+        self._count = 0  # steps launched
+        self._free = threading.Semaphore(depth)
+        self._launched: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._retire, name="retire", daemon=True)
+        self._thread.start()
+
+    def launch(
+        self,
+        host_in: torch.Tensor,
+        host_out: torch.Tensor,
+        step: Step,
+        tag: Any = None,
+        *,
+        since_ns: int,
+        waited: bool = False,
+    ) -> None:
+        """Queue one step: copy in, `step(device input, device output)` on the compute stream, copy out.
+
+        `host_in` and `host_out` are uint8 views of exactly the bytes this step uses; both stay valid until `on_done`.
+        `since_ns` is when the caller got the work (time.monotonic_ns); `waited`: it had to sleep for it. Waits only
+        while all lanes are taken. What `step` raises reaches the caller, and that lane is not used again.
+        """
+        self._free.acquire()
+        if self._error is not None:
+            raise RuntimeError("an earlier step failed") from self._error
+        streams = self._streams
+        lane = self._lanes[self._count % len(self._lanes)]
+        span = self._spans[self._count % len(self._spans)]
+        previous = self._spans[(self._count - 1) % len(self._spans)] if self._count else None
+        with streams.on(streams.h2d):
+            lane.input[: len(host_in)].copy_(host_in, non_blocking=True)
+            lane.loaded.record(streams.h2d)
+        with streams.on(streams.compute):
+            streams.compute.wait_event(lane.loaded)
+            span.start.record(streams.compute)
+            step(lane.input, lane.output)
+            span.end.record(streams.compute)
+            if previous is None:
+                hidden = False
+            elif streams.inline:
+                hidden = not waited
+            else:
+                hidden = not previous.end.query()
+        with streams.on(streams.d2h):
+            streams.d2h.wait_event(span.end)
+            host_out.copy_(lane.output[: len(host_out)], non_blocking=True)
+            lane.stored.record(streams.d2h)
+        self._count += 1
+        self._launched.put(_Launched(lane, span, previous, time.monotonic_ns() - since_ns, hidden, tag))
+
+    def close(self) -> None:
+        """Wait for every launched step to retire, then end the retire thread."""
+        self._launched.put(None)
+        self._thread.join()
+
+    def _retire(self) -> None:
+        try:
+            while (launched := self._launched.get()) is not None:
+                launched.lane.stored.synchronize()
+                times = self._measure(launched)
+                self._free.release()  # before on_done: it may bring the next step at once
+                self._on_done(launched.tag, times)
+        except BaseException as error:
+            self._error = error
+            self._free.release()
+            if self._on_error is None:
+                raise
+            self._on_error(error)
+
+    def _measure(self, launched: _Launched) -> StepTimes:
+        span, previous = launched.span, launched.previous
+        device_ns = _elapsed_ns(span.start, span.end)
+        return StepTimes(
+            device_ns=device_ns,
+            gap_ns=_elapsed_ns(previous.end, span.start) if previous is not None else 0,
+            launch_ns=launched.launch_ns - (device_ns if self._streams.inline else 0),
+            hidden=launched.hidden,
+        )
+
+
+def _elapsed_ns(start: Event, end: Event) -> int:
+    return max(0, round(start.elapsed_time(end) * 1e6))

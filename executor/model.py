@@ -1,0 +1,218 @@
+"""A transformers causal LM, unmodified, whose attention runs over pages. Loaded, learned and checked before it serves.
+
+Owns the weights and the KV cache of one device. Called by the executor's launch loop on the compute stream; `forward`
+must never wait for the device. Weights come from safetensors only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+
+from executor import probe
+from executor.attention import LayerSpec, PagedLayer, choose_backend
+from executor.inputs import StepInputs
+from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
+from ipc.config import EngineConfig
+from ipc.errors import ConfigError, ModelError
+
+__all__ = ["Model", "choose_num_blocks", "load_model"]
+
+# transformers' loaders are untyped.
+_CONFIGS: Final[Any] = transformers.AutoConfig
+_MODELS: Final[Any] = transformers.AutoModelForCausalLM
+_LOGGING: Final[Any] = transformers.utils.logging
+
+_CHECK_TOKENS: Final = 17  # more than a block of the usual size
+_CHECK_LIMIT: Final = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of the largest logit
+
+
+class Model:
+    """A loaded model on its device. Answers with zero KV blocks until `allocate_kv`."""
+
+    def __init__(
+        self, module: Any, layers: list[tuple[nn.Module, LayerSpec]], vocab_size: int, config: EngineConfig
+    ) -> None:
+        self.vocab_size = vocab_size
+        parameter = next(module.parameters())
+        self.device: torch.device = parameter.device
+        self.dtype: torch.dtype = parameter.dtype
+        self.block_size = config.block_size
+        self._module = module
+        specs = [spec for _, spec in layers]
+        self._backend = choose_backend(
+            specs, block_size=config.block_size, max_rows=config.max_num_seqs, device=self.device
+        )
+        self.layers = [PagedLayer(spec, *allocate_pages(spec, 0, config.block_size, self.device)) for spec in specs]
+        for (attention, _), layer in zip(layers, self.layers, strict=True):
+            setattr(attention, probe.LAYER, probe.PagedAttention(self._backend, layer))
+        self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
+
+    @property
+    def backend(self) -> str:
+        """Name of the attention backend, to be printed at start."""
+        return self._backend.name
+
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one KV block over all layers."""
+        return bytes_per_block([layer.spec for layer in self.layers], self.block_size)
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Replace the KV cache by `num_blocks` zeroed blocks. Raises ConfigError if they do not fit the device."""
+        for layer in self.layers:
+            layer.k_cache = layer.v_cache = torch.empty(0)
+        try:
+            for layer in self.layers:
+                layer.k_cache, layer.v_cache = allocate_pages(layer.spec, num_blocks, self.block_size, self.device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"{num_blocks} KV blocks do not fit: {error}", param="--num-blocks") from error
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Run a step: writes K and V of its tokens, returns logits [rows, vocab] at `inputs.last_index`.
+
+        Capturable in a CUDA graph when all rows are decode rows.
+        """
+        self._backend.begin(inputs)
+        keep: dict[str, Any] = {"logits_to_keep": inputs.last_index} if self._keeps_logits else {}
+        output = self._module(
+            input_ids=inputs.token_ids[None], position_ids=inputs.positions[None], use_cache=False, **keep
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._keeps_logits else logits[inputs.last_index]
+
+
+def load_model(config: EngineConfig, progress: bool) -> Model:
+    """Load the model of `config` onto its device, learn its layers, and check that paging leaves its logits alone.
+
+    Raises ModelError with the reason if the folder or the architecture is at fault, ConfigError if the device is.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch finds no CUDA device", param="--device")
+    if not progress:
+        _LOGGING.disable_progress_bar()
+    probe.register()
+    device = torch.device(config.device)
+    module = _initialize(config, device) if config.random_weights else _load(config, device)
+    module.eval().requires_grad_(False)
+    text_config = module.config.get_text_config(decoder=True)
+    max_model_len = config.card.max_model_len
+    try:
+        probe.fix_rope(module, getattr(text_config, "rope_parameters", None) or {}, max_model_len)
+        with torch.inference_mode():
+            layers, vocab_size = probe.learn_layers(module, text_config.num_hidden_layers, max_model_len)
+        model = Model(module, layers, vocab_size, config)
+        check_paging(model, min(_CHECK_TOKENS, max_model_len))
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = f"{type(module).__name__} cannot be served: {type(error).__name__}: {error}"
+        raise ModelError(reason, param="--model") from error
+    return model
+
+
+def _load(config: EngineConfig, device: torch.device) -> Any:
+    """The weights of the model's folder, all of them and from safetensors."""
+    folder = Path(config.card.path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json", param="--model")
+    try:
+        module, report = _MODELS.from_pretrained(
+            folder,
+            dtype=config.dtype,
+            attn_implementation=probe.SERVE,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}", param="--model")
+        return module.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"the weights do not fit the device: {error}", param="--model") from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {folder}: {type(error).__name__}: {error}", param="--model") from error
+
+
+def _initialize(config: EngineConfig, device: torch.device) -> Any:
+    """The model's own random initialization, on the device and in its dtype at once; needs only a config.json."""
+    folder, trust = config.card.path, config.trust_remote_code
+    try:
+        architecture = _CONFIGS.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+        dtype = architecture.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        torch.manual_seed(config.random_seed)
+        with torch.device(device):
+            return _MODELS.from_config(
+                architecture, dtype=dtype, attn_implementation=probe.SERVE, trust_remote_code=trust
+            )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"the weights do not fit the device: {error}", param="--model") from error
+    except Exception as error:
+        raise ModelError(f"cannot build {folder}: {type(error).__name__}: {error}", param="--model") from error
+
+
+@torch.inference_mode()
+def check_paging(model: Model, num_tokens: int) -> None:
+    """Run a random prompt through the pages, in two chunks and a decode row, and in one go through eager attention.
+
+    Raises ModelError if the last logits differ by more than the rounding of the model's dtype explains.
+    """
+    module = model._module
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (num_tokens,), generator=random).to(model.device)
+    pages = -(-num_tokens // model.block_size)
+    table = torch.arange(pages, 0, -1, dtype=torch.int32, device=model.device)[None]  # [1, pages]
+    model.allocate_kv(pages + 1)
+    probe.set_implementation(module, probe.SERVE)
+    ends = sorted({num_tokens * 2 // 3, num_tokens - 1, num_tokens})
+    logits = torch.empty(0)
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        if end > start:
+            logits = model.forward(_one_row(tokens, start, end, table, model.block_size))[0].float()
+    model.allocate_kv(0)
+    probe.set_implementation(module, "eager")
+    expected = module(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
+    probe.set_implementation(module, probe.SERVE)
+    difference = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+    limit = _CHECK_LIMIT.get(model.dtype, 6e-2)
+    if not difference <= limit:
+        raise ModelError(
+            f"{type(module).__name__} cannot be served: paged logits differ from its own by {difference:.2g} of the "
+            f"largest (limit {limit:g} in {model.dtype})",
+            param="--model",
+        )
+
+
+def _one_row(tokens: torch.Tensor, start: int, end: int, table: torch.Tensor, block_size: int) -> StepInputs:
+    """A step of one row: tokens [start, end) of `tokens`, pages from `table` [1, pages]."""
+    device, length = tokens.device, end - start
+    positions = torch.arange(start, end, device=device)
+
+    def int32(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return StepInputs(
+        num_rows=1,
+        num_decode=int(length == 1),
+        num_tokens=length,
+        max_query_len=length,
+        max_kv_len=end,
+        token_ids=tokens[start:end],
+        positions=positions,
+        slot_mapping=table[0, positions // block_size].to(torch.int64) * block_size + positions % block_size,
+        row_slot=torch.zeros(1, dtype=torch.int64, device=device),
+        query_start=int32(0, length),
+        kv_len=int32(end),
+        last_index=torch.tensor([length - 1], device=device),
+        row_sample=int32(1),
+        block_table=table,
+    )

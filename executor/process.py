@@ -1,0 +1,200 @@
+"""The executor process: loads the model, sizes the KV cache, captures graphs, then turns plans into results.
+
+Owns the launch loop. It waits for nothing but the next plan; results leave on the retire thread of `Lanes`. It knows
+slots, positions and tokens, and must never learn of requests. A fault of a step ends the process: the launcher and the
+scheduler know how to go on without losing a token.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import traceback
+from functools import partial
+from typing import Any
+
+import torch
+
+from executor.fault import read_fault
+from executor.inputs import PlanHeader
+from executor.lanes import Lanes, StepTimes, open_streams
+from executor.model import choose_num_blocks, load_model
+from executor.sampler import Sampler
+from executor.slot_state import SlotState
+from executor.step import StepRunner
+from executor.warmup import full_step_plan, warmup_plans
+from executor.wire import Wire
+from ipc.clock import now_ns, now_s
+from ipc.config import EngineConfig, ExecutorChannels
+from ipc.errors import ConfigError
+from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanFlag, PlanWord, write_result_header
+
+
+def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | None = None) -> int:
+    """Serve plans until SIGTERM; returns the exit code. Raises ConfigError or ModelError before it is ready.
+
+    `started_s` is when the process began, for the table of start-up phases.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop has its own way to stop
+    wire = Wire(channels)
+    with torch.inference_mode():
+        phases = Phases(now_s() if started_s is None else started_s)
+        phases.end("import")
+        executor = Executor(config, channels, wire, phases)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)  # a step makes next to no cycles, and collecting them is a stall
+        wire.hello(executor.num_blocks)
+        phases.report(executor.description)
+        return executor.serve()
+
+
+class Phases:
+    """How long each part of the start took."""
+
+    def __init__(self, started_s: float) -> None:
+        self._started_s = self._last_s = started_s
+        self._taken: list[str] = []
+
+    def end(self, phase: str) -> None:
+        now = now_s()
+        self._taken.append(f"{phase} {now - self._last_s:.1f} s")
+        self._last_s = now
+
+    def report(self, description: str) -> None:
+        total = self._last_s - self._started_s
+        print(
+            f"executor: {description}; ready in {total:.1f} s ({', '.join(self._taken)})", file=sys.stderr, flush=True
+        )
+
+
+class Executor:
+    """Everything between the two rings: the step runner, the lanes, and the loop that connects them."""
+
+    def __init__(self, config: EngineConfig, channels: ExecutorChannels, wire: Wire, phases: Phases) -> None:
+        self._wire, self._epoch = wire, channels.epoch
+        self._limits, self._layout = config.limits, config.result_layout
+        self._fault = read_fault(channels.epoch)
+        self._error: BaseException | None = None
+        self._device = open_device(config, channels.rank)
+        self._streams = open_streams(self._device)
+        # Memory freed on one stream is not reused on another, so the start happens where the steps will.
+        with self._streams.on(self._streams.compute):
+            self._runner = self._load(config, phases)
+            if self._device.type == "cuda":
+                self._warm_up(config)
+                phases.end("capture")
+        self._lanes = Lanes(
+            self._streams,
+            self._device,
+            depth=config.pipeline_depth,
+            in_bytes=self._limits.plan_bytes,
+            out_bytes=self._layout.nbytes - RESULT_HEADER_BYTES,
+            on_done=self._publish,
+            on_error=self._fail,
+        )
+
+    def _load(self, config: EngineConfig, phases: Phases) -> StepRunner:
+        """Weights, sampler, slot state and KV cache; sets `num_blocks` and `description`."""
+        model = load_model(config, progress=sys.stderr.isatty())
+        state = SlotState(self._limits, self._device)
+        sampler = Sampler(state.num_slots, model.vocab_size, self._limits.max_logprobs, self._device)
+        runner = StepRunner(model, sampler, state, self._layout)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # weights may have arrived on other streams
+        phases.end("weights")
+        full_step = full_step_plan(self._limits)
+        self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step, self._limits))
+        model.allocate_kv(self.num_blocks)
+        phases.end("KV cache")
+        kv_tokens = (self.num_blocks - 1) * config.block_size
+        self.description = (
+            f"{config.card.name} on {self._device}, {model.dtype}, {model.backend} attention, {kv_tokens} KV tokens"
+        )
+        return runner
+
+    def _warm_up(self, config: EngineConfig) -> None:
+        """Compile, capture and pin everything, so that serving does none of it."""
+        for plan in warmup_plans(self._limits):
+            self._runner.run_alone(plan, self._limits)
+        if not config.enforce_eager:
+            self._runner.capture(self._limits, self._streams.compute)
+        for ring in (self._wire.plans, self._wire.results):
+            pin(ring.memory)
+        torch.cuda.synchronize(self._device)
+
+    def serve(self) -> int:
+        """Launch plans until asked to stop; returns the exit code."""
+        self._wire.stop_on_sigterm()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(
+            50_000, 20, 100
+        )  # a step makes no garbage cycles to speak of, and a full collection is a stall
+        step = 0
+        while (payload := self._wire.next_plan()) is not None:
+            since_ns = now_ns()
+            step += 1
+            poison = self._fault.strike(step)
+            self._launch(payload, poison, since_ns)
+        if self._error is not None:
+            traceback.print_exception(self._error)
+            return 1
+        return 0
+
+    def _launch(self, payload: Bytes, poison: bool, since_ns: int) -> None:
+        header = PlanHeader.read(payload)
+        result_seq, result = self._wire.begin_result()
+        output_bytes = self._runner.output_bytes(header)
+        self._lanes.launch(
+            torch.from_numpy(payload[: header.words[PlanWord.TOTAL_BYTES]]),
+            torch.from_numpy(result[RESULT_HEADER_BYTES : RESULT_HEADER_BYTES + output_bytes]),
+            partial(self._runner.run, header, poison),
+            (header, result_seq, result),
+            since_ns=since_ns,
+            waited=self._wire.waited,
+        )
+
+    def _publish(self, tag: tuple[PlanHeader, int, Bytes], times: StepTimes) -> None:
+        """On the retire thread: the tokens are in the ring slot; add the header and show it."""
+        header, result_seq, result = tag
+        plan_seq = header.words[PlanWord.SEQ]
+        write_result_header(
+            result,
+            seq=plan_seq,
+            epoch=self._epoch,
+            num_rows=header.num_rows,
+            has_logprobs=bool(header.flags & PlanFlag.LOGPROBS),
+            device_ns=times.device_ns,
+            gap_ns=times.gap_ns,
+            launch_ns=times.launch_ns,
+            hidden=times.hidden,
+        )
+        self._wire.publish(result_seq, plan_seq)
+
+    def _fail(self, error: BaseException) -> None:
+        """On the retire thread: the device failed; the launch thread must not sleep on."""
+        self._error = error
+        self._wire.stop()
+
+
+def open_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of this rank, made current. Raises ConfigError if there is none."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is available", param="--device")
+    if rank >= torch.cuda.device_count():
+        raise ConfigError(f"rank {rank} has no device: {torch.cuda.device_count()} visible", param="--device")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def pin(memory: Bytes) -> None:
+    """Register shared memory with CUDA, so that ring slots are the pinned host buffers of the lanes."""
+    cuda: Any = torch.cuda
+    code = int(cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if code != 0:
+        raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed with CUDA error {code}")

@@ -1,0 +1,384 @@
+"""The stages of sampling as Triton kernels. Called by `Sampler` on CUDA; must choose what `sampler_cpu` would choose.
+
+    prepare       logits -> float32 with bias and penalties       (rows, chunks); only if a row asks for them
+    threshold     the smallest logit each row's filters keep      (rows); only if a row filters. Never sorts
+    best          scores, noise, argmax of a chunk                (rows, chunks)
+    choose        argmax of the chunks, NaN check, token counts   (rows)
+
+No shape, launch or branch of the host depends on data, so a step can be captured. A greedy step runs the last two.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from executor.sampler_cpu import MAX_COUNT, MIN_TEMPERATURE, NOISE_MIX, SPLIT_MIX, TOKEN_MIX, UNIT, SlotTables
+from ipc.frames import INVALID_TOKEN, MAX_BIAS, Param, PlanFlag
+
+_CHUNK: Final = 4096  # logits of one program of `prepare` and `best`
+_SEARCH_BLOCK: Final = 8192  # logits `threshold` reads at once; so few candidates need no further pass over the row
+
+_PARAMS = tl.constexpr(int(Param.COUNT))
+_SEED_LOW = tl.constexpr(int(Param.SEED_LOW))
+_SEED_HIGH = tl.constexpr(int(Param.SEED_HIGH))
+_FEATURES = tl.constexpr(int(Param.FEATURES))
+_TEMPERATURE = tl.constexpr(int(Param.TEMPERATURE))
+_TOP_K = tl.constexpr(int(Param.TOP_K))
+_TOP_P = tl.constexpr(int(Param.TOP_P))
+_MIN_P = tl.constexpr(int(Param.MIN_P))
+_REPETITION = tl.constexpr(int(Param.REPETITION))
+_PRESENCE = tl.constexpr(int(Param.PRESENCE))
+_FREQUENCY = tl.constexpr(int(Param.FREQUENCY))
+_NUM_BIAS = tl.constexpr(int(Param.NUM_BIAS))
+_SAMPLE = tl.constexpr(int(PlanFlag.SAMPLE))
+_FILTER = tl.constexpr(int(PlanFlag.FILTER))
+_PENALTY = tl.constexpr(int(PlanFlag.PENALTY))
+_BIAS = tl.constexpr(int(PlanFlag.BIAS))
+_MAX_BIAS = tl.constexpr(MAX_BIAS)
+_INVALID = tl.constexpr(INVALID_TOKEN)
+_MAX_COUNT = tl.constexpr(MAX_COUNT)
+_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+_TOKEN_MIX_0 = tl.constexpr(TOKEN_MIX[0])
+_TOKEN_MIX_1 = tl.constexpr(TOKEN_MIX[1])
+_NOISE_MIX_0 = tl.constexpr(NOISE_MIX[0])
+_NOISE_MIX_1 = tl.constexpr(NOISE_MIX[1])
+_SPLIT_MIX_0 = tl.constexpr(SPLIT_MIX[0])
+_SPLIT_MIX_1 = tl.constexpr(SPLIT_MIX[1])
+_SPLIT_MIX_2 = tl.constexpr(SPLIT_MIX[2])
+_UNIT = tl.constexpr(UNIT)
+_NO_INDEX = tl.constexpr(2**31 - 1)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def choose_tokens(
+    tables: SlotTables,
+    logits: torch.Tensor,  # [rows, vocab], rows may be strided
+    row_slot: torch.Tensor,  # int [rows]
+    position: torch.Tensor,  # int [rows]
+    row_sample: torch.Tensor,  # int32 [rows]
+    flags: PlanFlag,
+) -> torch.Tensor:
+    """int32 [rows]: the chosen token, INVALID_TOKEN where the logits hold a NaN. The contract of `Sampler.sample`."""
+    rows, vocab = logits.shape
+    device = logits.device
+    chunks = triton.cdiv(vocab, _CHUNK)
+    x, threshold = logits, None
+    if flags & (PlanFlag.BIAS | PlanFlag.PENALTY):
+        x = torch.empty(rows, vocab, dtype=torch.float32, device=device)
+        _prepare_kernel[(rows, chunks)](
+            x, logits, logits.stride(0), row_slot, position, tables.params, tables.bias_token, tables.bias_value,
+            tables.bias_until, tables.token_counts, vocab, _CHUNK, num_warps=8,
+        )  # fmt: skip
+    if flags & PlanFlag.SAMPLE and flags & PlanFlag.FILTER:
+        threshold = filter_threshold(tables, x, row_slot)
+    best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
+    index = torch.empty(rows, chunks, dtype=torch.int32, device=device)
+    _best_kernel[(rows, chunks)](
+        best, index, x, x.stride(0), threshold, row_slot, position, tables.params, vocab,
+        bool(flags & PlanFlag.SAMPLE), threshold is not None, _CHUNK, num_warps=8,
+    )  # fmt: skip
+    token = torch.empty(rows, dtype=torch.int32, device=device)
+    _choose_kernel[(rows,)](
+        token, best, index, row_slot, row_sample, tables.params, tables.token_counts, vocab, chunks,
+        bool(flags & PlanFlag.PENALTY), triton.next_power_of_2(chunks), num_warps=1,
+    )  # fmt: skip
+    return token
+
+
+def filter_threshold(tables: SlotTables, x: torch.Tensor, row_slot: torch.Tensor) -> torch.Tensor:
+    """float32 [rows]: the smallest logit of x [rows, vocab] that each row's filters keep; -inf where it has none."""
+    rows, vocab = x.shape
+    threshold = torch.empty(rows, dtype=torch.float32, device=x.device)
+    few = torch.empty(rows, _SEARCH_BLOCK, dtype=x.dtype, device=x.device)
+    _threshold_kernel[(rows,)](
+        threshold, few, x, x.stride(0), row_slot, tables.params, vocab, _SEARCH_BLOCK, num_warps=16
+    )  # fmt: skip
+    return threshold
+
+
+@triton.jit
+def _float_param(param, column):
+    return tl.load(param + column).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr,  # float32 [rows, vocab], written
+    logits_ptr,  # [rows, vocab]
+    logits_stride,
+    slot_ptr,  # int [rows]
+    position_ptr,  # int [rows]
+    params_ptr,  # int32 [slots, Param.COUNT]
+    bias_token_ptr,  # int32 [slots, MAX_BIAS]
+    bias_value_ptr,  # float32 [slots, MAX_BIAS]
+    bias_until_ptr,  # int32 [slots, MAX_BIAS]
+    counts_ptr,  # int16 [slots, vocab]
+    vocab,
+    chunk: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    token = tl.program_id(1) * chunk + tl.arange(0, chunk)
+    inside = token < vocab
+    x = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=0.0).to(tl.float32)
+    param = params_ptr + slot * _PARAMS
+    features = tl.load(param + _FEATURES)
+    if (features & _BIAS) != 0:
+        position = tl.load(position_ptr + row)
+        for entry in range(tl.load(param + _NUM_BIAS)):
+            at = slot * _MAX_BIAS + entry
+            if position < tl.load(bias_until_ptr + at):
+                x = tl.where(token == tl.load(bias_token_ptr + at), x + tl.load(bias_value_ptr + at), x)
+    if (features & _PENALTY) != 0:
+        repetition = _float_param(param, _REPETITION)
+        count = tl.load(counts_ptr + slot * vocab + token, mask=inside, other=0).to(tl.int32)
+        x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, repetition), x * repetition), x)
+        generated = count >> 1
+        x -= _float_param(param, _FREQUENCY) * generated.to(tl.float32)
+        x -= tl.where(generated > 0, _float_param(param, _PRESENCE), 0.0)
+    tl.store(x_ptr + row * vocab + token, x, mask=inside)
+
+
+@triton.jit
+def _load_ordered(src, token, count):
+    """Logits as float32, with -inf for NaN and past the end, so that every comparison has an answer."""
+    x = tl.load(src + token, mask=token < count, other=-float("inf")).to(tl.float32)
+    return tl.where(x == x, x, -float("inf"))
+
+
+@triton.jit
+def _range(src, count, block: tl.constexpr):
+    """How many logits are above -inf, the least of those, and the greatest of all."""
+    number = tl.zeros([block], tl.int32)
+    least = tl.full([block], float("inf"), tl.float32)
+    greatest = tl.full([block], -float("inf"), tl.float32)
+    for start in range(0, count, block):
+        x = _load_ordered(src, start + tl.arange(0, block), count)
+        allowed = x > -float("inf")
+        number += allowed.to(tl.int32)
+        least = tl.minimum(least, tl.where(allowed, x, float("inf")))
+        greatest = tl.maximum(greatest, x)
+    return tl.sum(number, 0), tl.min(least, 0), tl.max(greatest, 0)
+
+
+@triton.jit
+def _measure(src, count, mid, top, scale, by_mass: tl.constexpr, block: tl.constexpr):
+    """Of the `count` logits at `src`: how many are >= mid, their measure, the least of them, the greatest below mid.
+
+    The measure is their number, or the mass sum(exp2((x - top) * scale)). It never falls as mid falls, because what is
+    left out adds exact zeros in a fixed order.
+    """
+    number = tl.zeros([block], tl.int32)
+    mass = tl.zeros([block], tl.float32)
+    least = tl.full([block], float("inf"), tl.float32)
+    below = tl.full([block], -float("inf"), tl.float32)
+    for start in range(0, count, block):
+        x = _load_ordered(src, start + tl.arange(0, block), count)
+        kept = x >= mid
+        number += kept.to(tl.int32)
+        if by_mass:
+            mass += tl.where(kept, tl.exp2((x - top) * scale), 0.0)
+        least = tl.minimum(least, tl.where(kept, x, float("inf")))
+        below = tl.maximum(below, tl.where(kept, -float("inf"), x))
+    total = tl.sum(number, 0)
+    if by_mass:
+        measure = tl.sum(mass, 0)
+    else:
+        measure = total.to(tl.float32)
+    return total, measure, tl.min(least, 0), tl.max(below, 0)
+
+
+@triton.jit
+def _search(
+    src, count, low, high, number, enough, target, top, scale, by_mass: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """Narrow [low, high], two logits at `src`, around the greatest t such that measure(x >= t) >= target.
+
+    `number` logits are >= low. Ends when low is t, or when no more than `enough` are left. Returns low, high, number.
+    Probes go down from high in growing strides until one is too low, and halve the interval from there. An end moves to
+    the nearest logit, never to a value between two, so ties end the search, and so does any spread of values.
+    """
+    stride = 4.0
+    while (low < high) & (number > enough):
+        mid = tl.maximum(low + (high - low) * 0.5, high - stride)
+        mid = tl.where((mid > low) & (mid <= high), mid, high)
+        kept, measure, least, below = _measure(src, count, mid, top, scale, by_mass, block)
+        if measure >= target:
+            low = least
+            number = kept
+            if not by_mass:
+                high = tl.where(measure == target, least, high)  # as many as wanted: a lower t only adds
+        else:
+            high = below
+            stride *= 4.0
+    return low, high, number
+
+
+@triton.jit
+def _gather(dst, src, count, low, block: tl.constexpr):
+    """Copy the logits >= low, no more than `block` of them, to `dst`, where this program may read them afterwards."""
+    written = 0
+    for start in range(0, count, block):
+        x = _load_ordered(src, start + tl.arange(0, block), count)
+        kept = (x >= low).to(tl.int32)
+        tl.store(dst + written + tl.cumsum(kept, 0) - 1, x, mask=kept != 0)
+        written += tl.sum(kept, 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _greatest(
+    row_ptr, vocab, few_ptr, few, low, high, number, target, top, scale, by_mass: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """The greatest t in [low, high] such that measure(x >= t) >= target; `number` logits are >= low.
+
+    The row is read until no more than `block` candidates are left. They go to `few_ptr`, and the search goes on there.
+    `few` is how many it holds already, 0 = none. Returns t and the new `few`.
+    """
+    if few == 0:
+        low, high, number = _search(row_ptr, vocab, low, high, number, block, target, top, scale, by_mass, block)
+        if number <= block:
+            _gather(few_ptr, row_ptr, vocab, low, block)
+            few = number
+    low, high, number = _search(few_ptr, few, low, high, number, 0, target, top, scale, by_mass, block)
+    return low, few
+
+
+@triton.jit
+def _threshold_kernel(
+    threshold_ptr,  # float32 [rows], written
+    few_ptr,  # like x [rows, block], scratch
+    x_ptr,  # [rows, vocab]
+    x_stride,
+    slot_ptr,  # int [rows]
+    params_ptr,  # int32 [slots, Param.COUNT]
+    vocab,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
+    threshold = -float("inf")
+    temperature = _float_param(param, _TEMPERATURE)
+    if ((tl.load(param + _FEATURES) & _FILTER) != 0) & (temperature >= _MIN_TEMPERATURE):
+        row_ptr = x_ptr + row * x_stride
+        few_ptr += row * block
+        top_k = tl.load(param + _TOP_K)
+        top_p = _float_param(param, _TOP_P)
+        scale = _LOG2_E / temperature
+        number, low, top = _range(row_ptr, vocab, block)
+        threshold = top + tl.log(_float_param(param, _MIN_P)) * temperature
+        few = 0
+        if (top_k > 0) & (top_k < number):
+            target = top_k.to(tl.float32)
+            low, few = _greatest(row_ptr, vocab, few_ptr, few, low, top, number, target, top, scale, False, block)
+        threshold = tl.maximum(threshold, low)
+        if top_p < 1.0:
+            if few == 0:
+                number, mass, low, _ = _measure(row_ptr, vocab, threshold, top, scale, True, block)
+            else:
+                number, mass, low, _ = _measure(few_ptr, few, threshold, top, scale, True, block)
+            target = mass * top_p
+            low, few = _greatest(row_ptr, vocab, few_ptr, few, low, top, number, target, top, scale, True, block)
+            threshold = tl.maximum(threshold, low)
+    tl.store(threshold_ptr + row, threshold)
+
+
+@triton.jit
+def _noise_key(param, position):
+    """k0 and k1 of a row, as `sampler_cpu.noise_keys`."""
+    low = tl.load(param + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(param + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
+    z = (low | (high << 32)) + (position.to(tl.uint64) + 1) * _SPLIT_MIX_0
+    z = (z ^ (z >> 30)) * _SPLIT_MIX_1
+    z = (z ^ (z >> 27)) * _SPLIT_MIX_2
+    z = z ^ (z >> 31)
+    return z.to(tl.uint32).to(tl.int32, bitcast=True), (z >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _log_exponential(token, k0, k1):
+    """log E = -gumbel, as `sampler_cpu.log_exponential` of `token_hash`."""
+    h = token * _TOKEN_MIX_0
+    h ^= (h >> 15) & 0x1FFFF
+    h *= _TOKEN_MIX_1
+    h ^= (h >> 13) & 0x7FFFF
+    h = (h ^ k0) * _NOISE_MIX_0
+    h ^= h >> 15
+    h = (h + k1) * _NOISE_MIX_1
+    h ^= h >> 16
+    v = (h.to(tl.float32) + 0.5) * _UNIT
+    # 1 - v rounds, so a small v, where the winners are, needs the first terms of -log(1 - v) instead.
+    series = v * (1.0 + v * (0.5 + v * (0.33333333 + v * 0.25)))
+    return tl.log(tl.where(v < 0.015625, series, -tl.log(1.0 - v)))
+
+
+@triton.jit
+def _best_kernel(
+    best_ptr,  # float32 [rows, chunks], written: the highest score of the chunk
+    index_ptr,  # int32 [rows, chunks], written: its token, the first among equals; INVALID_TOKEN if there is a NaN
+    x_ptr,  # [rows, vocab]
+    x_stride,
+    threshold_ptr,  # float32 [rows]
+    slot_ptr,  # int [rows]
+    position_ptr,  # int [rows]
+    params_ptr,  # int32 [slots, Param.COUNT]
+    vocab,
+    sample: tl.constexpr,
+    filtered: tl.constexpr,
+    chunk: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * chunk + tl.arange(0, chunk)
+    inside = token < vocab
+    x = tl.load(x_ptr + row * x_stride + token, mask=inside, other=-float("inf")).to(tl.float32)
+    nans = tl.max((x != x).to(tl.int32), 0)
+    if sample:
+        param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
+        temperature = _float_param(param, _TEMPERATURE)
+        asks = ((tl.load(param + _FEATURES) & _SAMPLE) != 0) & (tl.load(param + _TOP_K) != 1)
+        if asks & (temperature >= _MIN_TEMPERATURE):
+            if filtered:
+                x = tl.where(x < tl.load(threshold_ptr + row), -float("inf"), x)
+            k0, k1 = _noise_key(param, tl.load(position_ptr + row))
+            x = x * (1.0 / temperature) - _log_exponential(token, k0, k1)
+    score = tl.where(inside & (x == x), x, -float("inf"))
+    best = tl.max(score, 0)
+    index = tl.min(tl.where(inside & (score == best), token, _NO_INDEX), 0)
+    at = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best_ptr + at, best)
+    tl.store(index_ptr + at, tl.where(nans > 0, _INVALID, index))
+
+
+@triton.jit
+def _choose_kernel(
+    token_ptr,  # int32 [rows], written
+    best_ptr,  # float32 [rows, chunks]
+    index_ptr,  # int32 [rows, chunks]
+    slot_ptr,  # int [rows]
+    row_sample_ptr,  # int32 [rows]
+    params_ptr,  # int32 [slots, Param.COUNT]
+    counts_ptr,  # int16 [slots, vocab], updated
+    vocab,
+    chunks,
+    count_tokens: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, lanes)
+    best = tl.load(best_ptr + row * chunks + lane, mask=lane < chunks, other=-float("inf"))
+    index = tl.load(index_ptr + row * chunks + lane, mask=lane < chunks, other=_NO_INDEX)
+    token = tl.min(tl.where(best == tl.max(best, 0), index, _NO_INDEX), 0)
+    token = tl.where(tl.min(index, 0) < 0, _INVALID, token)
+    tl.store(token_ptr + row, token)
+    if count_tokens:
+        slot = tl.load(slot_ptr + row).to(tl.int64)
+        asks = (tl.load(params_ptr + slot * _PARAMS + _FEATURES) & _PENALTY) != 0
+        if asks & (tl.load(row_sample_ptr + row) != 0) & (token >= 0):
+            at = counts_ptr + slot * vocab + token
+            tl.store(at, tl.minimum(tl.load(at).to(tl.int32) + 2, _MAX_COUNT).to(tl.int16))

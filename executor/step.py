@@ -1,0 +1,105 @@
+"""One step on the device: deltas, inputs, model, sampler, carry-over, output columns.
+
+Called by the launch loop on the compute stream (`Lanes.launch`), and before that for profiling and warm-up. Its Python
+work does not grow with the batch, and it never waits for the device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from executor.graphs import DecodeGraphs
+from executor.inputs import PlanHeader, StagedPlan, StepInputs, apply_blocks, apply_deltas, build_inputs
+from executor.model import Model
+from executor.sampler import Sampled, Sampler
+from executor.slot_state import SlotState
+from executor.warmup import ALL_STAGES
+from ipc.frames import RESULT_HEADER_BYTES, FrameLimits, Plan, PlanFlag, ResultLayout, write_plan
+
+
+class StepRunner:
+    """Runs plans against the slot state it owns. Offsets of its output are those of the result layout, less the header,
+    which the host writes."""
+
+    def __init__(self, model: Model, sampler: Sampler, state: SlotState, layout: ResultLayout) -> None:
+        self._model, self._sampler, self._state, self._layout = model, sampler, state, layout
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, limits: FrameLimits, compute: torch.cuda.Stream) -> None:
+        """Capture the ladder of decode graphs; from then on decode-only steps replay them."""
+        self._graphs = DecodeGraphs(
+            self._state,
+            max_rows=limits.max_rows,
+            max_kv_len=limits.max_seq_len,
+            compute=compute,
+            forward=self._model.forward,
+            sample_greedy=self._sample_greedy,
+        )
+
+    def output_bytes(self, header: PlanHeader) -> int:
+        """Bytes of this step's output that the host wants."""
+        if header.flags & PlanFlag.LOGPROBS:
+            return self._layout.nbytes - RESULT_HEADER_BYTES
+        return 4 * header.num_rows
+
+    def run(self, header: PlanHeader, poison: bool, staged: torch.Tensor, output: torch.Tensor) -> None:
+        """Run the plan in `staged` uint8 [plan bytes] and write its result columns to `output` uint8 [result bytes].
+
+        `poison` replaces the first row's logits by NaN.
+        """
+        plan = StagedPlan(header, staged)
+        rows = header.num_rows
+        flags = header.flags & ALL_STAGES
+        apply_deltas(plan, self._state, self._sampler)
+        graph = None
+        if self._graphs is not None and rows == header.num_decode:
+            graph = self._graphs.replay_model(plan)
+            logits, row_slot, kv_len = graph.logits[:rows], graph.inputs.row_slot[:rows], graph.inputs.kv_len[:rows]
+        else:
+            apply_blocks(plan, self._state)
+            inputs = build_inputs(plan, self._state)
+            logits, row_slot, kv_len = self._model.forward(inputs), inputs.row_slot, inputs.kv_len
+        if poison:
+            logits[0].fill_(float("nan"))
+        if graph is not None and not flags:
+            graph.greedy.replay()
+            self._column(output, self._layout.token, rows).copy_(graph.token[:rows])
+        else:
+            row_sample = plan.column("row_sample", rows)
+            sampled = self._sampler.sample(logits, row_slot, kv_len, row_sample, flags)
+            self._state.set_tokens(row_slot, sampled.token)
+            self._write(output, sampled)
+
+    def run_alone(self, plan: Plan, limits: FrameLimits) -> None:
+        """Run one synthetic plan outside the pipeline, on the current stream: for profiling and warm-up."""
+        payload = np.zeros(limits.plan_bytes, np.uint8)
+        used = write_plan(payload, plan)
+        device = self._state.position.device
+        output = torch.empty(self._layout.nbytes - RESULT_HEADER_BYTES, dtype=torch.uint8, device=device)
+        self.run(PlanHeader.read(payload), False, torch.from_numpy(payload[:used]).to(device), output)
+        self._state.position.zero_()
+
+    def _sample_greedy(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+        sampled = self._sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE)
+        self._state.set_tokens(inputs.row_slot, sampled.token)
+        return sampled.token
+
+    def _column(self, output: torch.Tensor, offset: int, count: int) -> torch.Tensor:
+        start = offset - RESULT_HEADER_BYTES
+        column: torch.Tensor = output[start : start + 4 * count].view(torch.int32)
+        return column
+
+    def _write(self, output: torch.Tensor, sampled: Sampled) -> None:
+        layout, rows = self._layout, len(sampled.token)
+        self._column(output, layout.token, rows).copy_(sampled.token)
+        if sampled.logprob is None:
+            return
+        assert sampled.rank is not None, "log-probabilities come with ranks"
+        assert sampled.top_token is not None, "and with the most probable tokens"
+        assert sampled.top_logprob is not None, "and with theirs"
+        top = rows * layout.max_logprobs
+        self._column(output, layout.logprob, rows).view(torch.float32).copy_(sampled.logprob)
+        self._column(output, layout.rank, rows).copy_(sampled.rank)
+        self._column(output, layout.top_token, top).copy_(sampled.top_token.reshape(-1))
+        self._column(output, layout.top_logprob, top).view(torch.float32).copy_(sampled.top_logprob.reshape(-1))

@@ -1,0 +1,91 @@
+"""An executor's end of the wire: plan ring in, result ring out, their bells, and the scheduler's control socket.
+
+Used by the executor and by its fake; imports no torch. The launch thread takes plans and begins results; whichever
+thread retires steps publishes them, in the same order. A plan slot is given back only when its result is published,
+because the slot is the host buffer that the device copies from.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import zmq
+
+from ipc.config import ExecutorChannels
+from ipc.doorbell import Doorbell
+from ipc.frames import Bytes, PlanWord
+from ipc.ring import RingReader, RingWriter
+from ipc.schema import PROTOCOL_VERSION, ExecutorHello, encode
+from ipc.sockets import connect_dealer, new_identity
+
+
+class Wire:
+    """Plans of one epoch in order, results in the same order. Rank 0 publishes, the other ranks only acknowledge."""
+
+    def __init__(self, channels: ExecutorChannels) -> None:
+        self._channels = channels
+        self.plans = RingReader(channels.plan_ring, channels.rank)
+        self.results = RingWriter(channels.result_ring)
+        self._plan_bell, self._result_bell = Doorbell(channels.plan_bell), Doorbell(channels.result_bell)
+        self._next_result = self.results.head + 1
+        # The ring has one writer: what other ranks compute goes nowhere.
+        self._scratch = np.zeros(self.results.slot_bytes, np.uint8) if channels.rank else None
+        self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._control: zmq.Socket[bytes] | None = None
+        self._stopping = False
+        self.waited = False  # the last plan was not there when it was asked for
+
+    def stop_on_sigterm(self) -> None:
+        """From now on SIGTERM makes `next_plan` return None. Call from the main thread."""
+        # A signal that comes just before poll() sleeps would be noticed at the next wake-up only, but for this pipe.
+        signal.set_wakeup_fd(self._stop_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def stop(self) -> None:
+        """Make `next_plan` return None; from any thread."""
+        self._stopping = True
+        os.write(self._stop_write, b"\0")
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._stopping = True
+
+    def hello(self, num_blocks: int) -> None:
+        """Tell the scheduler that this epoch takes plans."""
+        if self._channels.rank == 0:
+            self._control = connect_dealer(zmq.Context.instance(), self._channels.control, new_identity())
+            self._control.send(encode(ExecutorHello(PROTOCOL_VERSION, self._channels.epoch, os.getpid(), num_blocks)))
+
+    def next_plan(self) -> Bytes | None:
+        """Payload of the next plan of this epoch; sleeps until there is one. None when asked to stop.
+
+        Plans of another epoch are given back unread: their requests belong to a life that has ended.
+        """
+        self.waited = False
+        while not self._stopping:
+            payload = self.plans.poll()
+            if payload is None:
+                self.waited = True
+                self._plan_bell.wait(self._stop_read)
+                continue
+            words = payload[: 8 * PlanWord.OFFSETS].view("i8")
+            self.plans.advance()
+            if words[PlanWord.EPOCH] == self._channels.epoch:
+                return payload
+            self.plans.ack(int(words[PlanWord.SEQ]))
+        return None
+
+    def begin_result(self) -> tuple[int, Bytes]:
+        """(ring sequence number, payload) for the next result; publish them in the same order."""
+        seq = self._next_result
+        self._next_result += 1
+        return seq, self.results.begin(seq) if self._scratch is None else self._scratch
+
+    def publish(self, result_seq: int, plan_seq: int) -> None:
+        """The result is complete: show it, give the plan back, wake the scheduler."""
+        if self._channels.rank == 0:
+            self.results.publish(result_seq)
+        self.plans.ack(plan_seq)
+        if self._channels.rank == 0:
+            self._result_bell.ring()

@@ -1,0 +1,162 @@
+"""Child processes of the launcher: what they inherit, how one is started, and what it last said.
+
+Used by the supervisor only. Holds the sole write end of the death pipe: when the launcher is gone, children see it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import termios
+from typing import Final
+
+import msgspec
+
+from ipc.config import (
+    RING_SLOTS,
+    EngineConfig,
+    ExecutorChannels,
+    FrontendChannels,
+    SchedulerChannels,
+    write_start,
+)
+from ipc.doorbell import Doorbell
+from ipc.ring import create_ring
+from ipc.sockets import EndpointDirectory
+
+_TAIL_BYTES: Final = 32 << 10
+TRACEBACK: Final = "Traceback (most recent call last):"
+_READ_BYTES: Final = 64 << 10
+
+
+class Plumbing:
+    """What outlives a child: endpoints, rings, bells, the death pipe, the HTTP socket. Closing it leaves nothing."""
+
+    def __init__(self, config: EngineConfig, listener: socket.socket) -> None:
+        self.listener = listener
+        self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes)
+        self.result_ring = create_ring(RING_SLOTS, config.result_layout.nbytes)
+        self.plan_bell, self.result_bell = Doorbell.create(), Doorbell.create()
+        self.ready_bell = Doorbell.create()  # its count adds up: one for each frontend that can serve
+        self.parent_pipe, self._death_pipe = os.pipe2(os.O_CLOEXEC)
+        self.endpoints = EndpointDirectory()
+
+    def scheduler(self) -> tuple[SchedulerChannels, list[int]]:
+        """The scheduler's channels, and the fds among them."""
+        channels = SchedulerChannels(
+            plan_ring=self.plan_ring,
+            plan_bells=(self.plan_bell.fd,),
+            result_ring=self.result_ring,
+            result_bell=self.result_bell.fd,
+            frontend=self.endpoints.frontend,
+            control=self.endpoints.control,
+            parent_pipe=self.parent_pipe,
+        )
+        return channels, [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd, self.parent_pipe]
+
+    def executor(self, epoch: int) -> tuple[ExecutorChannels, list[int]]:
+        """The channels of the executor's life number `epoch`, and the fds among them."""
+        channels = ExecutorChannels(
+            epoch=epoch,
+            plan_ring=self.plan_ring,
+            plan_bell=self.plan_bell.fd,
+            result_ring=self.result_ring,
+            result_bell=self.result_bell.fd,
+            control=self.endpoints.control,
+            parent_pipe=self.parent_pipe,
+        )
+        return channels, [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd, self.parent_pipe]
+
+    def frontend(self) -> tuple[FrontendChannels, list[int]]:
+        """A serving frontend's channels, and the fds among them."""
+        channels = FrontendChannels(
+            scheduler=self.endpoints.frontend,
+            listen_fd=self.listener.fileno(),
+            ready_bell=self.ready_bell.fd,
+            parent_pipe=self.parent_pipe,
+        )
+        return channels, [channels.listen_fd, channels.ready_bell, channels.parent_pipe]
+
+    def close(self) -> None:
+        self.endpoints.close()
+        for bell in (self.plan_bell, self.result_bell, self.ready_bell):
+            bell.close()
+        for fd in (self.plan_ring, self.result_ring, self.parent_pipe, self._death_pipe):
+            os.close(fd)
+
+
+class Child:
+    """One running process. Its stderr passes through the launcher, so that the first failure can be shown last."""
+
+    def __init__(self, role: str, module: str, config: EngineConfig, channels: msgspec.Struct, fds: list[int]) -> None:
+        self.role = role
+        self.tail = bytearray()  # the last of what it wrote to stderr
+        start = write_start(config, channels)
+        self.stderr, writer = _stderr_pair()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, "--start-fd", str(start)],
+                stdin=subprocess.DEVNULL,
+                stderr=writer,
+                pass_fds=[start, *fds],
+                start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
+            )
+        finally:
+            os.close(start)
+            os.close(writer)
+        os.set_blocking(self.stderr, False)
+        self.pidfd = os.pidfd_open(self._process.pid)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def forward_stderr(self) -> bytes | None:
+        """Pass on what the child wrote since the last call: None if nothing, b"" once it has closed its stderr."""
+        try:
+            text = os.read(self.stderr, _READ_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:  # a terminal whose other end is closed
+            return b""
+        self.tail += text
+        del self.tail[:-_TAIL_BYTES]
+        _write_all(sys.stderr.fileno(), text)
+        return text
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def reap(self) -> int:
+        """Exit code of a child whose pidfd is readable: negative for a signal. Closes its fds."""
+        code = self._process.wait()
+        while self.forward_stderr():
+            pass
+        os.close(self.pidfd)
+        os.close(self.stderr)
+        return code
+
+    def failure(self) -> str:
+        """The last traceback it printed, or its last lines."""
+        text = self.tail.decode(errors="replace").replace("\r\n", "\n").rstrip()
+        start = text.rfind(TRACEBACK)
+        return text[start:] if start >= 0 else "\n".join(text.splitlines()[-20:])
+
+
+def _stderr_pair() -> tuple[int, int]:
+    """(read end, write end): a terminal if ours is one, so that progress bars show, else a pipe."""
+    if not sys.stderr.isatty():
+        return os.pipe2(os.O_CLOEXEC)
+    reader, writer = os.openpty()
+    size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, bytes(8))
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
+    return reader, writer
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

@@ -1,0 +1,348 @@
+"""The client library: prompts in, text out, over one connection to a scheduler. Async, and a blocking twin.
+
+This is the frontend's heart: the HTTP server is an AsyncClient plus OpenAI shapes, a Python program uses it directly.
+It tokenizes, checks, admits, turns tokens into text, finds stop strings, and aborts whatever its caller gives up.
+Must never import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+from frontend.assembler import Assembler, Collected
+from frontend.inflight import Flight, Mailbox
+from frontend.request import Chunk, Completion, GenerateParams, check_prompt, prepare
+from frontend.session import Session
+from frontend.tokenizer import Tokenizer
+from ipc.errors import ModelError, RequestTimeoutError, UnavailableError
+from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, ModelCard, Stats
+
+_log: Final = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+
+CONNECT_S: Final = 60.0
+STATS_S: Final = 10.0
+
+
+class AsyncClient:
+    """A connection to one engine, for one event loop.
+
+    `async with AsyncClient(endpoint) as client:` waits until the engine serves. Every method raises a TandemError of
+    the class that names the fault; parameters of generation are those of GenerateParams, as an object or by keyword.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str = "client",
+        tokenizer: Tokenizer | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
+    ) -> None:
+        self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s)
+        self._tokenizer = tokenizer
+        self._no_tokenizer: ModelError | None = None
+
+    async def connect(self, timeout_s: float = CONNECT_S, *, wait_ready: bool = False) -> ModelCard:
+        """Shake hands, load the tokenizer. `wait_ready`: also until the engine serves. Raises UnavailableError."""
+        card = (await self._session.open(timeout_s, wait_ready)).card
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = await asyncio.to_thread(Tokenizer.load, card.path)
+            except ModelError as error:
+                # A model without a tokenizer still serves token ids; whoever asks for text gets the error.
+                _log.warning("%s; only token ids can be served", error)
+                self._no_tokenizer = error
+        return card
+
+    async def close(self) -> None:
+        """Open requests end with CancelledError and are aborted in the engine."""
+        await self._session.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        await self.connect(wait_ready=True)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def card(self) -> ModelCard:
+        """What the engine serves; raises UnavailableError before `connect`."""
+        if self._session.welcome is None:
+            raise UnavailableError("the client is not connected")
+        return self._session.welcome.card
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ModelError if the model has none."""
+        if self._tokenizer is None:
+            raise self._no_tokenizer or UnavailableError("the client is not connected")
+        return self._tokenizer
+
+    @property
+    def connected(self) -> bool:
+        """The scheduler answers."""
+        return self._session.connected
+
+    @property
+    def ready(self) -> bool:
+        """Requests are served."""
+        return self._session.ready
+
+    @property
+    def draining(self) -> bool:
+        """The engine finishes what is open and takes nothing new."""
+        return self._session.draining
+
+    @property
+    def last_stats(self) -> Stats | None:
+        """The statistics that came last; one comes with every heartbeat."""
+        return self._session.last_stats
+
+    async def stats(self, timeout_s: float = STATS_S) -> Stats:
+        return await self._session.stats(timeout_s)
+
+    async def encode(self, prompt: Prompt) -> Sequence[int]:
+        """Token ids of a prompt; those given as ids are returned as they are."""
+        return await self.tokenizer.encode_async(prompt) if isinstance(prompt, str) else prompt
+
+    async def encode_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Messages | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, by the model's chat template."""
+        return await self.tokenizer.encode_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
+
+    def stream(
+        self, prompt: Prompt, params: GenerateParams | None = None, *, timeout_s: float | None = None, **changes: Any
+    ) -> AsyncGenerator[Chunk, None]:
+        """Chunks of all n choices as they come. Closing or cancelling the iterator aborts the request.
+
+        Raises RequestTimeoutError if the request is open for longer than `timeout_s`, RequestError for one at fault,
+        OverloadedError or UnavailableError when the engine takes none.
+        """
+        return self._stream(partial(self.encode, prompt), GenerateParams.of(params, changes), timeout_s)
+
+    def chat_stream(
+        self,
+        messages: Messages,
+        params: GenerateParams | None = None,
+        *,
+        tools: Messages | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **changes: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """`stream` of a conversation's next message."""
+        params = GenerateParams.of(params, changes)
+        prompt = partial(
+            self.encode_chat,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=template_kwargs,
+        )
+        return self._stream(prompt, params, timeout_s)
+
+    async def generate(
+        self, prompt: Prompt, params: GenerateParams | None = None, *, timeout_s: float | None = None, **changes: Any
+    ) -> Completion:
+        """The whole answer. Cancelling the call aborts the request; errors as for `stream`."""
+        params = GenerateParams.of(params, changes)
+        return await self._complete(await self.encode(prompt), params, timeout_s)
+
+    async def chat(
+        self,
+        messages: Messages,
+        params: GenerateParams | None = None,
+        *,
+        tools: Messages | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        **changes: Any,
+    ) -> Completion:
+        """`generate` for a conversation's next message."""
+        params = GenerateParams.of(params, changes)
+        prompt = await self.encode_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
+        return await self._complete(prompt, params, timeout_s)
+
+    async def _stream(
+        self, prompt: Callable[[], Awaitable[Sequence[int]]], params: GenerateParams, timeout_s: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        chunks = self._run(await prompt(), params, timeout_s, each_token=True)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    async def _complete(self, prompt: Sequence[int], params: GenerateParams, timeout_s: float | None) -> Completion:
+        collected = [Collected() for _ in range(params.n)]
+        # Without stop strings nobody has to look at the text before the end.
+        async for chunk in self._run(prompt, params, timeout_s, each_token=bool(params.stop_strings)):
+            collected[chunk.index].add(chunk)
+        choices = tuple(each.choice(index) for index, each in enumerate(collected))
+        return Completion(
+            choices=choices,
+            prompt_token_ids=tuple(map(int, prompt)),
+            prompt_tokens=len(prompt),
+            completion_tokens=sum(len(choice.token_ids) for choice in choices),
+            cached_tokens=collected[0].cached_tokens,
+        )
+
+    async def _run(
+        self, prompt: Sequence[int], params: GenerateParams, timeout_s: float | None, *, each_token: bool
+    ) -> AsyncGenerator[Chunk, None]:
+        packed = check_prompt(prompt, self.card)
+        sequences = prepare(params, self.card, len(prompt))
+        mailbox = Mailbox(each_token)
+        flights = [
+            Flight(mailbox, index, packed, sampling, int(params.priority), params.cache_salt)
+            for index, sampling in enumerate(sequences)
+        ]
+        assemblers = [Assembler(self._tokenizer, self.card, prompt, params) for _ in flights]
+        if params.stop_strings and self._tokenizer is None:
+            raise self._no_tokenizer or UnavailableError("the client is not connected")
+        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        running = len(flights)
+        self._session.submit(flights)
+        try:
+            while running:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        ready = await mailbox.wait()
+                except TimeoutError as error:
+                    raise RequestTimeoutError(f"the request did not finish within {timeout_s} s") from error
+                for flight in ready:
+                    chunk = assemblers[flight.index].take(flight)
+                    if chunk is None:
+                        continue
+                    if chunk.finish_reason is not None:
+                        running -= 1
+                        self._session.abort((flight,))  # a stop string ends it here, before the engine knows
+                    yield chunk
+        finally:
+            self._session.abort(flights)
+
+
+class Client:
+    """The blocking twin: an AsyncClient on a thread of its own. Methods may be called from several threads."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str = "client",
+        tokenizer: Tokenizer | None = None,
+        timeout_s: float = CONNECT_S,
+    ) -> None:
+        """Connects and waits until the engine serves; raises UnavailableError after `timeout_s`."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"tandem {name}", daemon=True)
+        self._thread.start()
+        self._closed = False
+        self._client = AsyncClient(endpoint, name=name, tokenizer=tokenizer)
+        try:
+            self._call(self._client.connect(timeout_s, wait_ready=True))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def card(self) -> ModelCard:
+        return self._client.card
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._client.tokenizer
+
+    def generate(
+        self, prompt: Prompt, params: GenerateParams | None = None, *, timeout_s: float | None = None, **changes: Any
+    ) -> Completion:
+        """See AsyncClient.generate."""
+        return self._call(self._client.generate(prompt, params, timeout_s=timeout_s, **changes))
+
+    def chat(self, messages: Messages, params: GenerateParams | None = None, **options: Any) -> Completion:
+        """See AsyncClient.chat."""
+        return self._call(self._client.chat(messages, params, **options))
+
+    def stream(self, prompt: Prompt, params: GenerateParams | None = None, **options: Any) -> Iterator[Chunk]:
+        """See AsyncClient.stream. Leaving the loop early aborts the request."""
+        return self._iterate(self._client.stream(prompt, params, **options))
+
+    def chat_stream(self, messages: Messages, params: GenerateParams | None = None, **options: Any) -> Iterator[Chunk]:
+        """See AsyncClient.chat_stream."""
+        return self._iterate(self._client.chat_stream(messages, params, **options))
+
+    def stats(self) -> Stats:
+        return self._call(self._client.stats())
+
+    def close(self) -> None:
+        """Open requests end with CancelledError. May be called twice."""
+        if self._closed:
+            return
+        self._call(self._close())
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _close(self) -> None:
+        await self._client.close()
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise UnavailableError("the client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _iterate(self, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
+        try:
+            while (chunk := self._call(_next(chunks))) is not None:
+                yield chunk
+        finally:
+            # Not waited for: the garbage collector may run this on the loop's own thread.
+            if not self._closed:
+                asyncio.run_coroutine_threadsafe(chunks.aclose(), self._loop)
+
+
+async def _next(chunks: AsyncIterator[Chunk]) -> Chunk | None:
+    return await anext(chunks, None)

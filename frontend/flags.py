@@ -1,0 +1,255 @@
+"""The flags of `engine-launch`, as vLLM names them, and the frozen options they become.
+
+Called by the launcher only. Touches no file, socket or device: what needs those is decided by its caller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final, NoReturn
+
+from ipc.config import MAX_DEPTH, EngineConfig
+from ipc.errors import ConfigError
+from ipc.schema import ModelCard
+
+# Names of other engines for the same thing; they work, and the help shows one name each.
+ALIASES: Final = {
+    "--model-path": "--model",
+    "--model-id": "--model",
+    "--context-length": "--max-model-len",
+    "--mem-fraction-static": "--gpu-memory-utilization",
+    "--max-running-requests": "--max-num-seqs",
+    "--chunked-prefill-size": "--long-prefill-token-threshold",
+    "--page-size": "--block-size",
+    "--disable-cuda-graph": "--enforce-eager",
+    "--disable-radix-cache": "--no-enable-prefix-caching",
+    "--disable-overlap-schedule": "--no-async-scheduling",
+    "--api-server-count": "--frontends",
+    "--tokenizer-worker-num": "--frontends",
+    "--max-queued-requests": "--max-num-queued-reqs",
+}
+_UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the user asked of the launcher. None means: chosen automatically once the model and device are known."""
+
+    model: str
+    served_model_name: str | None
+    dtype: str
+    max_model_len: int | None
+    max_logprobs: int
+    trust_remote_code: bool
+    random_weights: bool
+    seed: int
+    host: str
+    port: int
+    uds: str | None
+    frontends: int
+    max_num_queued_reqs: int
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    long_prefill_token_threshold: int | None
+    pipeline_depth: int
+    enable_prefix_caching: bool
+    device: str
+    block_size: int
+    num_gpu_blocks_override: int | None
+    kv_cache_memory_bytes: int | None
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    watchdog_timeout: float
+    shutdown_timeout: float
+    max_restarts: int
+    fake_executor: bool
+
+
+def _integer(low: int, high: int | None = None) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < low or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
+        return value
+
+    return parse
+
+
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not low <= value <= high or (above and value == low) or math.isinf(value):
+            bounds = f"{'above' if above else 'at least'} {low:g}" + ("" if math.isinf(high) else f", at most {high:g}")
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value:g}")
+        return value
+
+    return parse
+
+
+def _size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 4000000000, 4G or 512MiB, got {text!r}")
+    value = int(float(match[1]) * _UNITS[match[2] or ""])
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises ConfigError: a fault of the user is one line, not a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("model_positional", nargs="?", metavar="MODEL", help="same as --model")
+    group.add_argument("--model", metavar="MODEL", help="folder with config.json and safetensors, or hub id ORG/NAME")
+    group.add_argument("--served-model-name", metavar="NAME", help="name in the API (default: last part of MODEL)")
+    group.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    group.add_argument("--max-model-len", type=_integer(1), metavar="TOKENS", help="context; default: the model's own")
+    group.add_argument("--max-logprobs", type=_integer(0, 1000), default=20, metavar="N", help="most a request may ask")
+    group.add_argument("--seed", type=_integer(0), default=0, help="of random weights; requests bring their own")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code found in the model folder")
+    group.add_argument("--random-weights", action="store_true", help="no safetensors needed: for benchmarks of shapes")
+
+
+def _server_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=_integer(0, 65535), default=8000, help="0: a free one (default: %(default)s)")
+    group.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead of host and port")
+    group.add_argument("--frontends", type=_integer(0, 64), default=1, metavar="N", help="HTTP processes (default: 1)")
+    group.add_argument("--max-num-queued-reqs", type=_integer(1), default=100_000, metavar="N", help="beyond: HTTP 429")
+
+
+def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scheduling")
+    group.add_argument("--max-num-seqs", type=_integer(1, 8192), default=256, metavar="N", help="requests in a step")
+    group.add_argument("--max-num-batched-tokens", type=_integer(1), metavar="N", help="tokens in a step")
+    group.add_argument(
+        "--long-prefill-token-threshold", type=_integer(1), metavar="N", help="prompt tokens of one request in a step"
+    )
+    group.add_argument(
+        "--pipeline-depth", type=_integer(1, MAX_DEPTH), metavar="D", help="steps in flight: 1 synchronous, 2 default"
+    )
+    group.add_argument(
+        "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="same as depth 2 / depth 1"
+    )
+    group.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="default on"
+    )
+
+
+def _device_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device and memory")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument("--block-size", type=_integer(1, 256), default=16, metavar="TOKENS", help="tokens of a KV block")
+    group.add_argument("--num-gpu-blocks-override", type=_integer(2), metavar="N", help="KV blocks; default: profile")
+    group.add_argument("--kv-cache-memory-bytes", type=_size_bytes, metavar="SIZE", help="such as 4G, or 512MiB")
+    group.add_argument("--gpu-memory-utilization", type=_number(0, 1, above=True), default=0.9, metavar="SHARE")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+
+
+def _supervision_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("supervision")
+    group.add_argument(
+        "--watchdog-timeout", type=_number(0, above=True), default=60.0, metavar="S", help="a step longer is a hang"
+    )
+    group.add_argument(
+        "--shutdown-timeout", type=_number(0), default=30.0, metavar="S", help="for open requests at SIGTERM"
+    )
+    group.add_argument("--max-restarts", type=_integer(0), default=3, metavar="N", help="of a process in ten minutes")
+    group.add_argument("--fake-executor", action="store_true", help="made-up tokens: measures everything but the model")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="engine-launch",
+        description="Serve a language model over the OpenAI API.",
+        epilog="Underscores work as dashes. Also understood: " + ", ".join(ALIASES) + ".",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tandem-engine {version('tandem-engine')}")
+    for add in (_model_flags, _server_flags, _scheduling_flags, _device_flags, _supervision_flags):
+        add(parser)
+    return parser
+
+
+def _canonical(argument: str) -> str:
+    """`--max_num_seqs=4` and other engines' names as this parser knows them; anything else unchanged."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name) + equals + value
+
+
+def _unknown_flag(parser: argparse.ArgumentParser, argument: str) -> ConfigError:
+    name = argument.partition("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings] + list(ALIASES)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; see --help"
+    return ConfigError(f"{name}: no such flag{hint}" if name.startswith("-") else f"unexpected argument {name!r}")
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options in `argv` (without the program's name). Raises ConfigError with one line naming the flag."""
+    parser = make_parser()
+    canonical = [_canonical(argument) for argument in argv]
+    namespace, unknown = parser.parse_known_args(canonical)
+    if unknown:
+        raise _unknown_flag(parser, unknown[0])
+    values = vars(namespace)
+    positional, is_async = values.pop("model_positional"), values.pop("async_scheduling")
+    if positional and values["model"]:
+        raise ConfigError(f"--model: given twice, as {positional!r} and {values['model']!r}")
+    values["model"] = values["model"] or positional
+    if not values["model"]:
+        raise ConfigError("--model: needed, a folder or a hub id such as Qwen/Qwen3-0.6B")
+    depth = values["pipeline_depth"]
+    if is_async is not None and depth is not None and is_async != (depth > 1):
+        flag = "--async-scheduling" if is_async else "--no-async-scheduling"
+        raise ConfigError(f"--pipeline-depth: {depth} contradicts {flag}")
+    values["pipeline_depth"] = depth or (1 if is_async is False else 2)
+    return Options(**values)
+
+
+def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfig:
+    """The configuration of the engine's processes, with the choices that depend on the device made."""
+    budget_tokens = options.max_num_batched_tokens or (8192 if device == "cuda" else 2048)
+    return EngineConfig(
+        card=card,
+        dtype=options.dtype,
+        device=device,
+        random_weights=options.random_weights,
+        random_seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+        enforce_eager=options.enforce_eager,
+        block_size=options.block_size,
+        num_blocks=options.num_gpu_blocks_override,
+        kv_cache_bytes=options.kv_cache_memory_bytes,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget_tokens,
+        max_prefill_chunk=options.long_prefill_token_threshold,
+        enable_prefix_caching=options.enable_prefix_caching,
+        pipeline_depth=options.pipeline_depth,
+        max_num_queued_reqs=options.max_num_queued_reqs,
+        watchdog_timeout_s=options.watchdog_timeout,
+    )

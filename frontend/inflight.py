@@ -1,0 +1,134 @@
+"""The sequences a client has open: what was asked, what came back, and who waits for it.
+
+Filled by the Session from the scheduler's columnar frames, read by the client. Nothing queues but the tokens
+themselves, which the context bounds: a reader that lags finds several at once. Must never decode text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from typing import Any, Final
+
+import numpy as np
+
+from ipc.errors import InvalidLogitsError, ProtocolError, SlowConsumerError, TandemError, UnavailableError
+from ipc.schema import Admit, FinishReason, Logprobs, SamplingParams
+
+UNSENT: Final = -1  # request_id before submission
+
+# logprob, rank, top token ids, their logprobs
+LogprobRow = tuple[float, int, list[int], list[float]]
+
+
+class Mailbox:
+    """Where the sequences of one user's request report: one reader, woken once for any number of reports."""
+
+    __slots__ = ("_ready", "_waiter", "each_token")
+
+    def __init__(self, each_token: bool) -> None:
+        self.each_token: Final = each_token  # False: only the end of a sequence wakes the reader
+        self._ready: dict[Flight, None] = {}  # an ordered set
+        self._waiter: asyncio.Future[None] | None = None
+
+    def post(self, flight: Flight) -> None:
+        self._ready[flight] = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> list[Flight]:
+        """The sequences with news since the last call, at least one; a cancelled wait loses none."""
+        if not self._ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        ready = list(self._ready)
+        self._ready.clear()
+        return ready
+
+
+class Flight:
+    """One open sequence: what was asked, and every token that came back. It holds all that a replay needs."""
+
+    __slots__ = (
+        "cache_salt",
+        "cached_tokens",
+        "error",
+        "finish",
+        "index",
+        "logprobs",
+        "mailbox",
+        "params",
+        "priority",
+        "prompt",
+        "request_id",
+        "taken",
+        "tokens",
+    )
+
+    def __init__(
+        self, mailbox: Mailbox, index: int, prompt: bytes, params: SamplingParams, priority: int, cache_salt: str
+    ) -> None:
+        self.mailbox = mailbox
+        self.index = index  # which choice of the user's request
+        self.prompt = prompt  # packed int32
+        self.params = params
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.request_id = UNSENT  # given at submission
+        self.tokens = array("i")
+        self.logprobs: list[LogprobRow] | None = None if params.logprobs < 0 else []  # as long as tokens
+        self.cached_tokens = 0
+        self.taken = 0  # tokens the reader has had
+        self.finish = FinishReason.RUNNING
+        self.error: TandemError | None = None
+
+    def admit(self) -> Admit:
+        return Admit(
+            self.request_id, self.prompt, self.params, self.priority, self.cache_salt, output=self.tokens.tobytes()
+        )
+
+    def end(self, finish: FinishReason) -> None:
+        self.finish = finish
+        error = _ENDED_BADLY.get(finish)
+        if error is not None:
+            self.error = error[0](error[1])
+
+
+_ENDED_BADLY: Final[dict[FinishReason, tuple[type[TandemError], str]]] = {
+    FinishReason.ABORTED: (UnavailableError, "the engine gave this request up"),
+    FinishReason.INVALID_LOGITS: (InvalidLogitsError, "the model produced NaN for this request"),
+    FinishReason.SLOW_CONSUMER: (SlowConsumerError, "this frontend fell too far behind the engine"),
+}
+
+
+def column(payload: bytes, dtype: Any) -> list[int]:
+    """A column of a frame as Python numbers; raises ProtocolError if it is none."""
+    try:
+        return np.frombuffer(payload, dtype).tolist()  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise ProtocolError(f"a column of {len(payload)} bytes is not one of {np.dtype(dtype)}") from error
+
+
+def finish_reason(code: int) -> FinishReason:
+    """Raises ProtocolError for a code of another protocol."""
+    try:
+        return FinishReason(code)
+    except ValueError as error:
+        raise ProtocolError(f"unknown finish reason {code}") from error
+
+
+def logprob_rows(frame: Logprobs) -> dict[int, LogprobRow]:
+    """Row of the Tokens frame -> its log-probabilities; the tops are as wide as the widest request of the frame."""
+    rows = column(frame.row, np.int32)
+    try:
+        shape = (len(rows), frame.width)
+        top_token = np.frombuffer(frame.top_token, np.int32).reshape(shape).tolist()
+        top_logprob = np.frombuffer(frame.top_logprob, np.float32).reshape(shape).tolist()
+        logprob = np.frombuffer(frame.logprob, np.float32).reshape(len(rows)).tolist()
+        rank = np.frombuffer(frame.rank, np.int32).reshape(len(rows)).tolist()
+    except ValueError as error:
+        raise ProtocolError(f"logprob columns do not fit {len(rows)} rows of width {frame.width}") from error
+    return dict(zip(rows, zip(logprob, rank, top_token, top_logprob, strict=True), strict=True))

@@ -1,0 +1,170 @@
+"""`engine-launch`: from flags to a serving engine, and back to nothing.
+
+Binds the HTTP socket before anything slow, so that a taken port is known at once; checks the model and the device;
+then hands over to the supervisor. Never imports torch, never touches a request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from frontend import flags, model_files
+from frontend.children import Plumbing
+from frontend.supervisor import Supervisor, engine_roles
+from ipc.clock import now_s
+from ipc.config import EngineConfig
+from ipc.errors import ConfigError
+from ipc.lifetime import fail
+
+
+def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
+    """The listening HTTP socket; requests queue in it until a frontend accepts. Raises ConfigError naming the flag."""
+    if uds is not None:
+        return _bind_unix(uds)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"cannot resolve {host!r}: {error}", param="--host") from error
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        flag = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}", param=flag
+        ) from error
+    return listener
+
+
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+            os.unlink(path)  # left behind by a process that was killed
+        listener.bind(path)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {path}: {error}", param="--uds") from error
+    return listener
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients reach the API, with the port the system chose for port 0."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if listener.family == socket.AF_INET6 else f"http://{host}:{port}/v1"
+
+
+def cuda_devices() -> int:
+    """GPUs that the NVIDIA driver shows this process; 0 without a driver. Makes no CUDA context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def choose_device(wanted: str) -> str:
+    """ "cpu" or "cuda". Raises ConfigError if CUDA is asked for and there is no GPU."""
+    if wanted == "cpu":
+        return "cpu"
+    if cuda_devices() > 0:
+        return "cuda"
+    if wanted == "cuda":
+        raise ConfigError("cuda asked for, but the NVIDIA driver shows no GPU here", param="--device")
+    return "cpu"
+
+
+def prepare(options: flags.Options) -> EngineConfig:
+    """Find and check the model and the device. Raises ConfigError or ModelError."""
+    device = choose_device(options.device)
+    weights = not (options.random_weights or options.fake_executor)
+    folder = model_files.find_model(options.model, weights=weights, trust_remote_code=options.trust_remote_code)
+    card = model_files.read_card(
+        folder,
+        name=options.served_model_name or model_files.served_name(options.model),
+        max_model_len=options.max_model_len,
+        max_logprobs=options.max_logprobs,
+    )
+    if weights:
+        model_files.check_weights(folder)
+    return flags.engine_config(options, card, device)
+
+
+def serve(options: flags.Options) -> int:
+    """Run an engine until it is told to stop; returns the exit code. Raises ConfigError before anything starts."""
+    started_s = now_s()
+    listener = bind_http(options.host, options.port, options.uds)
+    try:
+        config = prepare(options)
+        plumbing = _make_plumbing(config, listener)
+
+        def announce() -> None:
+            took_s = now_s() - started_s
+            where = f"{url_of(listener)} and {plumbing.endpoints.frontend}"
+            print(f"Serving {config.card.name} on {where} (ready in {took_s:.1f} s)", flush=True)
+
+        try:
+            return Supervisor(
+                config,
+                plumbing,
+                engine_roles(options.frontends, fake_executor=options.fake_executor),
+                shutdown_timeout_s=options.shutdown_timeout,
+                max_restarts=options.max_restarts,
+                on_ready=announce,
+            ).run()
+        finally:
+            plumbing.close()
+    finally:
+        listener.close()
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
+
+
+def _make_plumbing(config: EngineConfig, listener: socket.socket) -> Plumbing:
+    try:
+        return Plumbing(config, listener)
+    except OSError as error:
+        need_mib = 4 * (config.limits.plan_bytes + config.result_layout.nbytes) / (1 << 20)
+        raise ConfigError(
+            f"/dev/shm cannot hold the rings of {need_mib:.0f} MiB: {os.strerror(error.errno or 0)}; "
+            "give it more, or lower this or --max-model-len",
+            param="--max-num-batched-tokens",
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `engine-launch`."""
+    try:
+        options = flags.parse(sys.argv[1:] if argv is None else argv)
+        return serve(options)
+    except ConfigError as error:
+        return fail("engine-launch", error)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The OpenAI API as data: what requests may say, and how completions and chunks are written.
+
+Called by the HTTP server. Pure: no socket, no tokenizer, no clock. Decoding raises InvalidParameterError naming the
+field; fields this server does not know are ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from frontend.request import GenerateParams
+from ipc.errors import InvalidParameterError, RequestError, TandemError
+
+MAX_PROMPTS: Final = 2048  # of one request
+MAX_BODY_BYTES: Final = 32 << 20
+DEFAULT_MAX_TOKENS: Final = 16  # of /v1/completions, as OpenAI and vLLM
+DONE: Final = b"data: [DONE]\n\n"
+
+BodyT = TypeVar("BodyT", bound=msgspec.Struct)
+_log = logging.getLogger("tandem.openai")
+_FIELD: Final = (re.compile(r"`\$\.(\w+)"), re.compile(r"missing required field `(\w+)`"))
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class SamplingFields(msgspec.Struct, kw_only=True, frozen=True):
+    """What both kinds of request share; each name that GenerateParams has too means the same there."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    best_of: int | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(SamplingFields, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+def decode_body(body: bytes, kind: type[BodyT]) -> BodyT:
+    """The request in a JSON body. Raises RequestError for bad JSON, InvalidParameterError for a wrong type."""
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        found = next(filter(None, (pattern.search(str(error)) for pattern in _FIELD)), None)
+        raise InvalidParameterError(str(error), param=found and found[1]) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from error
+    if _log.isEnabledFor(logging.DEBUG):
+        unknown = msgspec.json.decode(body).keys() - set(kind.__struct_fields__)
+        _log.debug("ignored fields: %s", sorted(unknown))
+    return request
+
+
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a completion request, each a text or token ids."""
+    prompt: Any = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
+        raise InvalidParameterError("prompt mixes strings, ids and lists; use one kind", param="prompt")
+    if not prompt or kinds == {int}:
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidParameterError(f"at most {MAX_PROMPTS} prompts a request, got {len(prompt)}", param="prompt")
+    return list(prompt)
+
+
+def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """The conversation as chat templates expect it: plain objects whose content is text."""
+    return [
+        {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
+        | {"content": _text_of(message.content)}
+        for message in messages
+    ]
+
+
+def _text_of(content: str | list[ContentPart] | None) -> str:
+    if not isinstance(content, list):
+        return content or ""
+    for part in content:
+        if part.type != "text" or part.text is None:
+            raise InvalidParameterError(f"content of type {part.type!r}: this model reads text only", param="messages")
+    return "\n".join(part.text or "" for part in content)
+
+
+def _refuse_unsupported(request: SamplingFields) -> None:
+    """What would change the answer but is not done is an error, never silently ignored."""
+    kind = (request.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise InvalidParameterError(f"response_format {kind!r} is not supported, only 'text'", param="response_format")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise InvalidParameterError(
+            f"best_of must equal n, got best_of {request.best_of} and n {request.n or 1}", param="best_of"
+        )
+
+
+def _common_params(request: SamplingFields) -> dict[str, Any]:
+    fields = {name: getattr(request, name, None) for name in GenerateParams.__dataclass_fields__ if name != "logprobs"}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def completion_params(request: CompletionRequest) -> GenerateParams:
+    """How to generate for a completion request. Raises InvalidParameterError."""
+    _refuse_unsupported(request)
+    if request.suffix:
+        raise InvalidParameterError("suffix is not supported", param="suffix")
+    if request.echo and request.logprobs is not None:
+        raise InvalidParameterError("echo together with logprobs is not supported", param="echo")
+    values = {"max_tokens": DEFAULT_MAX_TOKENS, "logprobs": request.logprobs} | _common_params(request)
+    return GenerateParams(**values)
+
+
+def chat_params(request: ChatRequest) -> GenerateParams:
+    """How to generate for a chat request. Raises InvalidParameterError."""
+    _refuse_unsupported(request)
+    if request.tools:
+        raise InvalidParameterError("tools are not supported", param="tools")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidParameterError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    values = _common_params(request)
+    if request.max_completion_tokens is not None:
+        values["max_tokens"] = request.max_completion_tokens
+    values["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
+    try:
+        return GenerateParams(**values)
+    except InvalidParameterError as error:
+        names = {"logprobs": "top_logprobs"}
+        if request.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        raise InvalidParameterError(error.message, param=names.get(error.param or "", error.param)) from error
+
+
+def error_body(message: str, status: int, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """The error object of the OpenAI API, which its clients turn into exceptions by status."""
+    kinds: Mapping[int, str] = {429: "rate_limit_error", 503: "service_unavailable", 504: "timeout"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_event(error: TandemError) -> bytes:
+    """How a stream that already answered 200 says that it failed: no finish_reason and no [DONE] follow."""
+    return sse(error_body(error.message, error.status, code=error.code, param=error.param))
+
+
+def sse(payload: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(payload) + b"\n\n"

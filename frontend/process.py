@@ -1,0 +1,161 @@
+"""A serving frontend: one client of the scheduler and one HTTP server, on one uvloop.
+
+Started by the launcher (`python -m frontend --start-fd N`) on a socket that all frontends share, or by hand
+(`engine-frontend --connect ENDPOINT`) on its own. Never imports torch. Answers 503 until the scheduler does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from email.utils import formatdate
+from typing import Final
+
+import uvicorn
+import uvloop
+
+import frontend
+import ipc
+from frontend.client import AsyncClient
+from frontend.server import Service, make_app
+from ipc.config import EngineConfig, FrontendChannels, read_start
+from ipc.doorbell import Doorbell
+from ipc.errors import ConfigError, UnavailableError
+from ipc.lifetime import check_one_place, enter_process, fail
+
+_DATE_PERIOD_S: Final = 1.0
+_CONNECT_TIMEOUT_S: Final = 3600.0  # of one attempt; they repeat, since a model may load for long
+_CLOSE_TIMEOUT_S: Final = 4  # for open responses after SIGTERM; the launcher has drained the engine before
+_KEEP_ALIVE_S: Final = 75
+_BACKLOG: Final = 2048
+_log: Final = logging.getLogger(__name__)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn that sleeps when idle: its own loop wakes ten times a second and handles signals by itself."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Finish open responses and end; a second call drops them."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._stop.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def main_loop(self) -> None:
+        while not self.should_exit:
+            self.server_state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), _DATE_PERIOD_S)
+
+
+@contextlib.asynccontextmanager
+async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncIterator[None]:
+    """Connect the client in the background for as long as it takes, and close it at the end."""
+
+    async def attach() -> None:
+        while not service.attached:
+            try:
+                await service.client.connect(_CONNECT_TIMEOUT_S, wait_ready=True)
+                service.attached = True
+            except UnavailableError as error:
+                _log.warning("not connected yet: %s", error)
+        if ready_bell is not None:
+            ready_bell.ring()
+
+    task = asyncio.ensure_future(attach())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await service.client.close()
+
+
+async def serve(
+    endpoint: str, listener: socket.socket, *, watchdog_timeout_s: float, name: str, ready_bell: Doorbell | None = None
+) -> None:
+    """Serve HTTP on `listener` for the scheduler at `endpoint` until SIGTERM (or SIGINT, if not ignored)."""
+    service = Service(AsyncClient(endpoint, name=name), watchdog_timeout_s=watchdog_timeout_s)
+    server = _HttpServer(
+        uvicorn.Config(
+            make_app(service),
+            http="httptools",
+            ws="none",
+            loop="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+        )
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, server.stop)
+    async with _attached(service, ready_bell):
+        gc.collect()
+        gc.freeze()
+        await server.serve(sockets=[listener])
+
+
+def _run(service: Coroutine[None, None, None]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s [%(name)s] %(message)s")
+    uvloop.run(service)
+    return 0
+
+
+def run(config: EngineConfig, channels: FrontendChannels) -> int:
+    """The process that the launcher starts; returns its exit code."""
+    enter_process("frontend", channels.parent_pipe, ipc, frontend)
+    return _run(
+        serve(
+            channels.scheduler,
+            socket.socket(fileno=channels.listen_fd),
+            watchdog_timeout_s=config.watchdog_timeout_s,
+            name="http",
+            ready_bell=Doorbell(channels.ready_bell),
+        )
+    )
+
+
+def start(argv: Sequence[str]) -> int:
+    """`python -m frontend --start-fd N`: what the launcher runs."""
+    parser = argparse.ArgumentParser(prog="frontend")
+    parser.add_argument("--start-fd", type=int, required=True)
+    return run(*read_start(parser.parse_args(argv).start_fd, EngineConfig, FrontendChannels))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `engine-frontend`: one more HTTP server for a scheduler that runs already."""
+    from frontend.launch import bind_http, url_of
+
+    parser = argparse.ArgumentParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
+    parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the scheduler's, such as ipc:///tmp/…")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--watchdog-timeout", type=float, default=60.0, metavar="S")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        check_one_place(ipc, frontend)
+        listener = bind_http(options.host, options.port, None)
+    except ConfigError as error:
+        return fail("engine-frontend", error)
+    print(f"Frontend on {url_of(listener)}", flush=True)
+    return _run(serve(options.connect, listener, watchdog_timeout_s=options.watchdog_timeout, name="http"))

@@ -1,0 +1,314 @@
+"""The HTTP server: the routes of the OpenAI API, health and metrics, on one client of the scheduler.
+
+Owned by a serving frontend process. Must never import torch, block the event loop, or answer a failed request with
+anything but OpenAI's error object.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, Final
+
+import msgspec
+from litestar import HttpMethod, Litestar, Request, Response, get, post, route
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.types import Message, Scope
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from frontend.client import AsyncClient
+from frontend.jobs import EventStream, Job, run_stream, run_whole, while_connected
+from frontend.metrics import FrontendMetrics
+from frontend.openai import (
+    MAX_BODY_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    chat_params,
+    completion_params,
+    decode_body,
+    error_body,
+    messages_of,
+    prompts_of,
+)
+from frontend.shapes import ChatShape, CompletionShape
+from frontend.tokenizer import Tokenizer
+from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
+
+AnyRequest = Request[Any, Any, Any]
+AnyResponse = Response[Any]
+
+_JSON: Final = "application/json"
+_RETRY_AFTER: Final = {429: "1", 503: "1"}  # seconds
+_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+_STATS_TIMEOUT_S: Final = 1.0
+_log: Final = logging.getLogger(__name__)
+
+
+class Service:
+    """What every handler needs: the client, and what is known of the engine behind it."""
+
+    def __init__(self, client: AsyncClient, *, watchdog_timeout_s: float) -> None:
+        self.client = client
+        self.attached = False  # the client has connected once and has its tokenizer
+        self.started_s = int(time.time())
+        self._watchdog_timeout_s = watchdog_timeout_s
+        self._metrics: FrontendMetrics | None = None
+
+    @property
+    def metrics(self) -> FrontendMetrics:
+        """Made when first asked for: the model's name is known once connected."""
+        if self._metrics is None:
+            self._metrics = FrontendMetrics(self.client.card.name, lambda: self.client.last_stats)
+        return self._metrics
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises InvalidParameterError if the model has none: then only token ids are served."""
+        try:
+            return self.client.tokenizer
+        except ModelError as error:
+            raise InvalidParameterError(f"send token ids: {error}", param="prompt") from error
+
+    def require_connected(self) -> None:
+        """Raise UnavailableError unless the scheduler answers and the tokenizer is loaded."""
+        if not (self.attached and self.client.connected):
+            raise UnavailableError("the engine does not answer; it is starting or has gone")
+
+    def require_ready(self) -> None:
+        """Raise UnavailableError unless requests can be served."""
+        self.require_connected()
+        if not self.client.ready:
+            raise UnavailableError("the model is not ready yet")
+
+    def require_healthy(self) -> None:
+        """Raise UnavailableError unless new requests are taken and steps make progress."""
+        self.require_ready()
+        if self.client.draining:
+            raise UnavailableError("the engine is shutting down")
+        stats = self.client.last_stats
+        if stats is not None and stats.step_age_ns * 1e-9 > self._watchdog_timeout_s:
+            raise UnavailableError(f"no step finished for {stats.step_age_ns * 1e-9:.0f} s")
+
+    def require_model(self, name: str | None) -> None:
+        """Raise ModelNotFoundError if the request names another model."""
+        served = self.client.card.name
+        if name is not None and name != served:
+            raise ModelNotFoundError(f"the model {name[:200]!r} does not exist; {served!r} does", param="model")
+
+
+def _service(request: AnyRequest) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _json(payload: Any, status: int = 200, headers: dict[str, str] | None = None) -> AnyResponse:
+    body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+    return Response(content=body, status_code=status, media_type=_JSON, headers=headers)
+
+
+async def _answer(request: AnyRequest, job: Job, *, stream: bool) -> AnyResponse:
+    """Run `job` and answer, as events if `stream`; a failure before the first part raises and becomes a status."""
+    service = _service(request)
+    if not stream:
+        return _json(await while_connected(request.receive, run_whole(service.client, service.metrics, job)))
+    events = run_stream(service.client, service.metrics, job)
+    first = await while_connected(request.receive, anext(events))
+    return EventStream(job, first, events)
+
+
+@post("/v1/completions")
+async def completions(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    asked = decode_body(await request.body(), CompletionRequest)
+    service.require_ready()
+    service.require_model(asked.model)
+    params = completion_params(asked)
+    prompts = prompts_of(asked)
+    ids = [await _prompt_ids(service, prompt, asked.add_special_tokens is not False) for prompt in prompts]
+    shape = CompletionShape(
+        asked,
+        response_id=f"cmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=service.client.card.name,
+        prompts=ids,
+        echoes=[_prompt_text(service, prompt) for prompt in prompts] if asked.echo else None,
+    )
+    return await _answer(request, Job(ids, params, shape), stream=bool(asked.stream))
+
+
+async def _prompt_ids(service: Service, prompt: str | list[int], add_special_tokens: bool) -> Sequence[int]:
+    if isinstance(prompt, str):
+        return await service.tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
+    return prompt
+
+
+def _prompt_text(service: Service, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+@post("/v1/chat/completions")
+async def chat_completions(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    asked = decode_body(await request.body(), ChatRequest)
+    service.require_ready()
+    service.require_model(asked.model)
+    params = chat_params(asked)
+    tokenizer = service.tokenizer
+    ids = await tokenizer.encode_chat(
+        messages_of(asked.messages),
+        add_generation_prompt=asked.add_generation_prompt is not False,
+        template_kwargs=asked.chat_template_kwargs,
+    )
+    shape = ChatShape(
+        asked,
+        response_id=f"chatcmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=service.client.card.name,
+        prompt=ids,
+        token_bytes=lambda token, text: tokenizer.token_bytes(token) if tokenizer.byte_level else text.encode(),
+    )
+    return await _answer(request, Job([ids], params, shape), stream=bool(asked.stream))
+
+
+@post("/tokenize")
+async def tokenize(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    asked = decode_body(await request.body(), TokenizeRequest)
+    service.require_ready()
+    service.require_model(asked.model)
+    if asked.messages is not None:
+        ids = await service.tokenizer.encode_chat(messages_of(asked.messages))
+    elif asked.prompt is not None:
+        ids = await service.tokenizer.encode_async(asked.prompt, add_special_tokens=asked.add_special_tokens)
+    else:
+        raise InvalidParameterError("prompt or messages is needed", param="prompt")
+    return _json({"count": len(ids), "max_model_len": service.client.card.max_model_len, "tokens": ids})
+
+
+@post("/detokenize")
+async def detokenize(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    asked = decode_body(await request.body(), DetokenizeRequest)
+    service.require_ready()
+    service.require_model(asked.model)
+    vocab_size = service.client.card.vocab_size
+    for token in asked.tokens:
+        if not 0 <= token < vocab_size:
+            raise InvalidParameterError(
+                f"token id {token} is out of range: the model has ids 0 to {vocab_size - 1}", param="tokens"
+            )
+    return _json({"prompt": service.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
+
+
+def _model_entry(service: Service) -> dict[str, Any]:
+    card = service.client.card
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": service.started_s,
+        "owned_by": "tandem",
+        "root": card.name,
+        "parent": None,
+        "max_model_len": card.max_model_len,
+    }
+
+
+@get("/v1/models")
+async def models(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    service.require_ready()
+    return _json({"object": "list", "data": [_model_entry(service)]})
+
+
+@get("/v1/models/{name:path}")
+async def model(request: AnyRequest, name: str) -> AnyResponse:
+    service = _service(request)
+    service.require_ready()
+    service.require_model(name.removeprefix("/"))
+    return _json(_model_entry(service))
+
+
+@route(["/health", "/ping"], http_method=[HttpMethod.GET, HttpMethod.HEAD])
+async def health(request: AnyRequest) -> AnyResponse:
+    _service(request).require_healthy()
+    return Response(content=b"", media_type="text/plain")
+
+
+@route("/ready", http_method=[HttpMethod.GET, HttpMethod.HEAD])
+async def ready(request: AnyRequest) -> AnyResponse:
+    _service(request).require_healthy()
+    return Response(content=b"", media_type="text/plain")
+
+
+@get("/version")
+async def engine_version(request: AnyRequest) -> AnyResponse:
+    return _json({"version": version("tandem-engine")})
+
+
+@get("/metrics")
+async def metrics(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    service.require_connected()
+    await service.client.stats(_STATS_TIMEOUT_S)
+    return Response(content=service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def to_error(request: AnyRequest, error: Exception) -> AnyResponse:
+    """The OpenAI error object of any exception. What is not a typed error is logged, and not told to the client."""
+    if isinstance(error, TandemError):
+        status, headers = error.status, {}
+        body = error_body(error.message, status, code=error.code, param=error.param)
+    elif isinstance(error, HTTPException):
+        status, headers = error.status_code, dict(error.headers or {})
+        path = request.scope["path"]
+        reasons = {
+            404: f"no such path: {path}",
+            405: f"{request.method} is not allowed on {path}",
+            413: f"the body is larger than {MAX_BODY_BYTES} bytes",
+        }
+        body = error_body(reasons.get(status, error.detail), status)
+    else:
+        _log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
+        status, headers, body = 500, {}, error_body("internal error", 500, code="internal_error")
+    if status in _RETRY_AFTER:
+        headers["Retry-After"] = _RETRY_AFTER[status]
+    return _json(body, status, headers)
+
+
+async def add_request_id(message: Message, scope: Scope) -> None:
+    """Echo the client's x-request-id if it is short and printable, else give one."""
+    if message["type"] == "http.response.start":
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+
+
+def make_app(service: Service) -> Litestar:
+    """The ASGI application; it uses `service` and owns nothing."""
+    return Litestar(
+        route_handlers=[
+            completions,
+            chat_completions,
+            tokenize,
+            detokenize,
+            models,
+            model,
+            health,
+            ready,
+            engine_version,
+            metrics,
+        ],
+        exception_handlers={Exception: to_error, HTTPException: to_error},
+        before_send=[add_request_id],
+        request_max_body_size=MAX_BODY_BYTES,
+        openapi_config=None,
+        logging_config=None,
+        state=State({"service": service}),
+    )

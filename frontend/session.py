@@ -1,0 +1,347 @@
+"""One connection to a scheduler: the DEALER, the handshake, heartbeats, and the table of open sequences.
+
+Owned by an AsyncClient and used from its event loop only. Tokens go from the frame into the sequence they belong to.
+Must never decode text, and never block: a send that would is an UnavailableError.
+
+A socket that hears nothing for a while is thrown away with all that is queued in it, so that a scheduler that comes
+back is never handed requests which were already failed here; the new socket says Hello.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from frontend.inflight import Flight, column, finish_reason, logprob_rows
+from ipc.clock import now_ns
+from ipc.errors import (
+    CancelledError,
+    ProtocolError,
+    TandemError,
+    UnavailableError,
+    from_code,
+)
+from ipc.schema import (
+    HEARTBEAT_LIMIT_S,
+    HEARTBEAT_S,
+    PROTOCOL_VERSION,
+    Abort,
+    Draining,
+    FinishReason,
+    FrontendMessage,
+    GetStats,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Rejected,
+    Stats,
+    Tokens,
+    Welcome,
+    decode_scheduler,
+    encode,
+)
+from ipc.sockets import connect_dealer, new_identity
+
+_log: Final = logging.getLogger(__name__)
+
+_MESSAGES_PER_TURN: Final = 64  # then other callbacks of the loop run
+_GOODBYE_MS: Final = 200  # how long closing waits for the last message to leave
+_RUNNING: Final = int(FinishReason.RUNNING)
+_LENGTH: Final = int(FinishReason.LENGTH)
+_PEER: Final = -1  # the request_id of a Rejected that is about this peer itself
+
+
+class Session:
+    """The connection. `open` first; `close` last.
+
+    After that `connected` tells whether the scheduler answers, `ready` whether it serves, and both change by
+    themselves.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        name: str,
+        heartbeat_s: float = HEARTBEAT_S,
+        heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
+    ) -> None:
+        self.endpoint: Final = endpoint
+        self.name: Final = name
+        self.welcome: Welcome | None = None  # the last one
+        self.last_stats: Stats | None = None
+        self.connected = False
+        self.draining = False
+        self._heartbeat_s = heartbeat_s
+        self._max_silent_beats = math.ceil(heartbeat_limit_s / heartbeat_s)
+        self._silent_beats = 0
+        self._refusal: TandemError | None = None  # why the last Hello was not welcome
+        self._flights: dict[int, Flight] = {}
+        self._next_id = 0
+        self._aborts: list[int] = []  # ids the scheduler has still to be told of
+        self._stats_waiters: list[asyncio.Future[Stats]] = []
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._drain_due = False
+        self._flush_due = False
+        self._beats: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.connected and self.welcome is not None and self.welcome.ready
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._flights)
+
+    async def open(self, timeout_s: float, wait_ready: bool) -> Welcome:
+        """Connect and shake hands. Raises UnavailableError after `timeout_s`, ProtocolError for another version."""
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._open_socket()
+        self._beats = self._loop.create_task(self._beat(), name=f"heartbeat {self.name}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (self.ready if wait_ready else self.connected):
+                    if self._refusal is not None:
+                        raise self._refusal
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError as error:
+            what = "was not ready" if self.connected else "did not answer"
+            await self.close()
+            raise UnavailableError(f"the scheduler at {self.endpoint} {what} within {timeout_s} s") from error
+        except BaseException:
+            await self.close()
+            raise
+        assert self.welcome is not None, "connected without a Welcome"
+        return self.welcome
+
+    async def close(self) -> None:
+        """Say Goodbye, fail what is still open with CancelledError, release the socket. May be called twice."""
+        if self._context is None:
+            return
+        context, self._context = self._context, None
+        if self._beats is not None:
+            self._beats.cancel()
+        self._fail_all(CancelledError("the client was closed"))
+        self._offer(Goodbye())
+        self._close_socket(_GOODBYE_MS)
+        self.connected = False
+        # Waits until the Goodbye has left, at most _GOODBYE_MS.
+        await asyncio.to_thread(context.term)
+
+    def submit(self, flights: Iterable[Flight]) -> None:
+        """Send new sequences. Raises UnavailableError if the engine is starting, draining, gone or swamped."""
+        if self._context is None:
+            raise UnavailableError("the client is closed")
+        if not self.connected:
+            raise UnavailableError(f"the scheduler at {self.endpoint} does not answer")
+        if self.draining:
+            raise UnavailableError("the engine is shutting down")
+        if not self.ready:
+            raise UnavailableError("the engine is still starting")
+        flights = list(flights)
+        for flight in flights:
+            self._next_id += 1
+            flight.request_id = self._next_id
+            self._flights[flight.request_id] = flight
+            if not self._offer(flight.admit()):
+                self.abort(flights)
+                raise UnavailableError("the scheduler takes no more messages just now")
+
+    def abort(self, flights: Iterable[Flight]) -> None:
+        """End sequences early; those that ended already are left alone."""
+        for flight in flights:
+            if self._flights.pop(flight.request_id, None) is not None:
+                self._aborts.append(flight.request_id)
+        if self._aborts and not self._flush_due and self._socket is not None:
+            self._flush_due = True
+            self._loop.call_soon(self._flush_aborts)
+
+    async def stats(self, timeout_s: float) -> Stats:
+        """Ask the scheduler. What it answers is newer than every token received before the call."""
+        waiter: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(waiter)
+        try:
+            if not self.connected or not self._offer(GetStats()):
+                raise UnavailableError(f"the scheduler at {self.endpoint} does not answer")
+            async with asyncio.timeout(timeout_s):
+                return await waiter
+        except TimeoutError as error:
+            raise UnavailableError(f"the scheduler sent no statistics within {timeout_s} s") from error
+        finally:
+            if waiter in self._stats_waiters:
+                self._stats_waiters.remove(waiter)
+
+    def _open_socket(self) -> None:
+        assert self._context is not None, "opened after close"
+        self._socket = connect_dealer(self._context, self.endpoint, new_identity())
+        self._loop.add_reader(self._socket.fileno(), self._drain)
+        self._silent_beats = 0
+        self._refusal = None
+        self._offer(Hello(PROTOCOL_VERSION, "frontend", self.name, os.getpid()))
+
+    def _close_socket(self, linger_ms: int) -> None:
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            self._loop.remove_reader(socket.fileno())
+            socket.close(linger=linger_ms)
+
+    def _offer(self, message: FrontendMessage) -> bool:
+        """Send without blocking; False if the queue is full."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        finally:
+            # ZMQ signals its descriptor once per change, and a send may have consumed the signal of a message.
+            if not self._drain_due:
+                self._drain_due = True
+                self._loop.call_soon(self._drain)
+        return True
+
+    def _drain(self) -> None:
+        self._drain_due = False
+        for _ in range(_MESSAGES_PER_TURN):
+            if self._socket is None:
+                return
+            try:
+                payload = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._receive(payload)
+            except ProtocolError as error:
+                _log.exception("lost step with the scheduler at %s", self.endpoint)
+                self._lose(error)
+        self._drain_due = True
+        self._loop.call_soon(self._drain)
+
+    def _receive(self, payload: bytes) -> None:
+        self._silent_beats = 0
+        message = decode_scheduler(payload)
+        self._HANDLERS[type(message)](self, message)
+
+    def _on_tokens(self, frame: Tokens) -> None:
+        for request_id, cached in zip(
+            column(frame.started_id, np.int64), column(frame.started_cached, np.int32), strict=True
+        ):
+            started = self._flights.get(request_id)
+            if started is not None:
+                started.cached_tokens = cached
+        logprobs = {} if frame.logprobs is None else logprob_rows(frame.logprobs)
+        ids, tokens = column(frame.request_id, np.int64), column(frame.token, np.int32)
+        finishes = column(frame.finish, np.uint8)
+        if not len(ids) == len(tokens) == len(finishes):
+            raise ProtocolError(f"a Tokens frame of {len(ids)} ids, {len(tokens)} tokens, {len(finishes)} states")
+        for row, request_id in enumerate(ids):
+            flight = self._flights.get(request_id)
+            if flight is None:
+                continue  # aborted here while the frame was on its way
+            finish = finishes[row]
+            if finish <= _LENGTH:
+                flight.tokens.append(tokens[row])
+                if flight.logprobs is not None:
+                    if row not in logprobs:
+                        raise ProtocolError(f"no logprobs in row {row} of a request that asked for them")
+                    flight.logprobs.append(logprobs[row])
+            if finish != _RUNNING:
+                flight.end(finish_reason(finish))
+                del self._flights[request_id]
+            elif not flight.mailbox.each_token:
+                continue
+            flight.mailbox.post(flight)
+
+    def _on_rejected(self, message: Rejected) -> None:
+        error = from_code(message.code, message.message, message.param)
+        if message.request_id != _PEER:
+            flight = self._flights.pop(message.request_id, None)
+            if flight is not None:
+                flight.error = error
+                flight.mailbox.post(flight)
+        elif self.connected:
+            self._lose(error)
+        else:
+            self._refusal = error
+            self._changed.set()
+
+    def _on_welcome(self, message: Welcome) -> None:
+        if message.version != PROTOCOL_VERSION:
+            self._refusal = ProtocolError(
+                f"the scheduler speaks protocol {message.version}, this client {PROTOCOL_VERSION}"
+            )
+        else:
+            self.welcome = message
+            self.connected = True
+            self.draining = False
+        self._changed.set()
+
+    def _on_stats(self, message: Stats) -> None:
+        self.last_stats = message
+        self.draining = message.draining
+        for waiter in self._stats_waiters:
+            if not waiter.done():
+                waiter.set_result(message)
+
+    def _on_draining(self, message: Draining) -> None:
+        self.draining = True
+
+    _HANDLERS: Final[dict[type, Callable[[Any, Any], None]]] = {
+        Tokens: _on_tokens,
+        Rejected: _on_rejected,
+        Welcome: _on_welcome,
+        Stats: _on_stats,
+        Draining: _on_draining,
+    }
+
+    def _flush_aborts(self) -> None:
+        self._flush_due = False
+        if self._aborts and self._offer(Abort(self._aborts)):
+            self._aborts = []
+
+    async def _beat(self) -> None:
+        """Counts beats without an answer, not time: a process that was stopped finds its peer alive."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            self._silent_beats += 1
+            self._flush_aborts()
+            if self._silent_beats > self._max_silent_beats:
+                self._lose(UnavailableError(f"the scheduler at {self.endpoint} does not answer"))
+            elif self.connected:
+                self._offer(Heartbeat(now_ns()))
+
+    def _lose(self, error: TandemError) -> None:
+        """Fail what is open and start over on a new socket."""
+        if self.connected:
+            _log.warning("connection to %s lost, %d open requests fail: %s", self.endpoint, len(self._flights), error)
+        self.connected = False
+        self._aborts = []
+        self._fail_all(error)
+        self._close_socket(0)
+        self._open_socket()
+        self._changed.set()
+
+    def _fail_all(self, error: TandemError) -> None:
+        flights, self._flights = self._flights, {}
+        for flight in flights.values():
+            flight.error = _copy(error)
+            flight.mailbox.post(flight)
+        for waiter in self._stats_waiters:
+            if not waiter.done():
+                waiter.set_exception(_copy(error))
+
+
+def _copy(error: TandemError) -> TandemError:
+    """One exception for each that raises it: a traceback belongs to one raise."""
+    return type(error)(error.message, param=error.param)

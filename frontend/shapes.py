@@ -1,0 +1,249 @@
+"""How finished choices and stream chunks are written in the two formats of the OpenAI API.
+
+Called by the HTTP server, once a chunk: pure, and encoded once. A shape knows one response: its id, model and prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from frontend.openai import ChatRequest, CompletionRequest, sse
+from frontend.request import Choice, Chunk, TokenLogprob
+
+LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
+TokenBytes = Callable[[int, str], bytes]
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a response: each prompt once, all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+def make_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptDetails(cached_tokens))
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class ChatText(msgspec.Struct, frozen=True, kw_only=True):
+    """A message or a delta."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    message: ChatText | UnsetType = UNSET
+    delta: ChatText | UnsetType = UNSET
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole response, or one event of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: Sequence[CompletionChoice | ChatChoice]
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class Shape(Protocol):
+    """One response being written."""
+
+    def opening(self) -> bytes:
+        """Events before any token."""
+
+    def event(self, index: int, chunk: Chunk) -> bytes:
+        """The event of one chunk of choice `index`; empty if there is nothing to say."""
+
+    def closing(self, usage: Usage) -> bytes:
+        """Events after the last chunk, without [DONE]."""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The JSON of a response that is not streamed."""
+
+
+class CompletionShape:
+    """/v1/completions. `prompts` are the token ids, `echoes` the prompt texts if they are to be repeated."""
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        *,
+        response_id: str,
+        created: int,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        echoes: Sequence[str] | None,
+    ) -> None:
+        self._head = _head(response_id, "text_completion", created, model)
+        self._request = request
+        self._choices_per_prompt = request.n or 1
+        self._prompts = prompts
+        self._echoes = echoes
+        self._written: dict[int, int] = {}  # characters so far, by choice
+
+    def opening(self) -> bytes:
+        return b""
+
+    def _choice(self, index: int, part: Chunk | Choice) -> CompletionChoice:
+        prompt = index // self._choices_per_prompt
+        first = index not in self._written
+        text = (self._echoes[prompt] if self._echoes and first else "") + part.text
+        offset = self._written.get(index, 0)
+        self._written[index] = offset + len(text)
+        wants_ids = bool(self._request.return_token_ids)
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=None if part.logprobs is None else _completion_logprobs(part.logprobs, offset),
+            finish_reason=part.finish_reason,
+            stop_reason=part.stop_reason,
+            token_ids=part.token_ids if wants_ids else UNSET,
+            prompt_token_ids=self._prompts[prompt] if wants_ids and first else UNSET,
+        )
+
+    def event(self, index: int, chunk: Chunk) -> bytes:
+        if _says_nothing(chunk, bool(self._request.return_token_ids)) and not (
+            self._echoes and index not in self._written
+        ):
+            return b""
+        usage = None if self._request.include_usage else UNSET
+        return sse(Body(**self._head, choices=[self._choice(index, chunk)], usage=usage))
+
+    def closing(self, usage: Usage) -> bytes:
+        return sse(Body(**self._head, choices=[], usage=usage)) if self._request.include_usage else b""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        return msgspec.json.encode(
+            Body(**self._head, choices=[self._choice(choice.index, choice) for choice in choices], usage=usage)
+        )
+
+
+class ChatShape:
+    """/v1/chat/completions. `token_bytes` gives the exact bytes of a token whose text is part of a character."""
+
+    def __init__(
+        self,
+        request: ChatRequest,
+        *,
+        response_id: str,
+        created: int,
+        model: str,
+        prompt: Sequence[int],
+        token_bytes: TokenBytes,
+    ) -> None:
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        self._head = _head(response_id, kind, created, model)
+        self._request = request
+        self._prompt = prompt if request.return_token_ids else UNSET
+        self._token_bytes = token_bytes
+
+    def _event(self, choice: ChatChoice, **extra: Any) -> bytes:
+        usage = None if self._request.include_usage else UNSET
+        return sse(Body(**self._head, choices=[choice], usage=usage, **extra))
+
+    def opening(self) -> bytes:
+        role = ChatText(role="assistant", content="")
+        return b"".join(
+            self._event(ChatChoice(index=index, delta=role), prompt_token_ids=UNSET if index else self._prompt)
+            for index in range(self._request.n or 1)
+        )
+
+    def event(self, index: int, chunk: Chunk) -> bytes:
+        if _says_nothing(chunk, bool(self._request.return_token_ids)):
+            return b""
+        choice = ChatChoice(
+            index=index, delta=ChatText(content=chunk.text) if chunk.text else ChatText(), **self._ending(chunk)
+        )
+        return self._event(choice)
+
+    def _ending(self, part: Chunk | Choice) -> dict[str, Any]:
+        return {
+            "logprobs": None if part.logprobs is None else _chat_logprobs(part.logprobs, self._token_bytes),
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+            "token_ids": part.token_ids if self._request.return_token_ids else UNSET,
+        }
+
+    def closing(self, usage: Usage) -> bytes:
+        return sse(Body(**self._head, choices=[], usage=usage)) if self._request.include_usage else b""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        written = [
+            ChatChoice(
+                index=choice.index,
+                message=ChatText(role="assistant", content=choice.text),
+                **self._ending(choice),
+            )
+            for choice in choices
+        ]
+        return msgspec.json.encode(Body(**self._head, choices=written, usage=usage, prompt_token_ids=self._prompt))
+
+
+def _head(response_id: str, kind: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": response_id, "object": kind, "created": created, "model": model}
+
+
+def _says_nothing(chunk: Chunk, wants_ids: bool) -> bool:
+    """Text may lag behind tokens while a character or a stop string is undecided; such a chunk is not sent."""
+    return not (chunk.text or chunk.finish_reason or chunk.logprobs or (wants_ids and chunk.token_ids))
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [_finite(entry.logprob) for entry in entries],
+        "top_logprobs": [
+            {text: _finite(logprob) for _, text, logprob in entry.top} | {entry.token: _finite(entry.logprob)}
+            for entry in entries
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
+    def one(token_id: int, text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(token_bytes(token_id, text))}
+
+    return {
+        "content": [
+            one(entry.token_id, entry.token, entry.logprob) | {"top_logprobs": [one(*top) for top in entry.top]}
+            for entry in entries
+        ]
+    }

@@ -1,0 +1,159 @@
+"""Text to token ids and back, and the chat template: transformers' tokenizer without torch.
+
+Owned by a client, shared by its requests and safe to call from several threads. Loading goes through
+PreTrainedTokenizerFast, because AutoTokenizer imports torch; encoding and decoding go to the Rust tokenizer below it,
+because transformers' own `encode` changes the state of a shared object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ipc.errors import InvalidParameterError, ModelError
+
+LONG_TEXT_CHARS: Final = 4096  # above this, encoding takes long enough (about 1 ms) to leave the event loop
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of the ByteLevel decoder (GPT-2's `bytes_to_unicode`, inverted)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_alphabet()
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    `byte_level` tells that every token stands for fixed bytes, so text can be decoded incrementally without looking
+    back; other tokenizers (sentencepiece) decode a token by its neighbours.
+    """
+
+    def __init__(self, pretrained: Any) -> None:
+        """`pretrained`: a transformers PreTrainedTokenizerFast, which is not used elsewhere."""
+        self._pretrained = pretrained
+        self._backend = pretrained.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.byte_level: Final = type(self._backend.decoder).__name__ == "ByteLevel"
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids: Final = frozenset(token for token, entry in added.items() if entry.special)
+        self._text_of: dict[int, str] = {}
+        self._bytes_of: dict[int, bytes] = {}
+        self._anchor: list[int] = self.encode("a", add_special_tokens=False)[-1:]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read the tokenizer of a local model folder. Raises ModelError if there is none that can be read."""
+        # Imported here: it takes 0.6 s, which a program that sends token ids only need not spend.
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            return cls(PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
+        except Exception as error:  # the Rust library raises plain Exception for a file it cannot read
+            raise ModelError(f"no usable tokenizer in {folder}: {error}", param="--tokenizer") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids with a text, added tokens included; a model's embedding may be longer."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._pretrained.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """Token ids, with the special tokens that transformers adds.
+
+        Raises InvalidParameterError, naming the field `param`, for what is no Unicode text.
+        """
+        if not isinstance(text, str):
+            raise InvalidParameterError(f"{param} must be a string, got {type(text).__name__}", param=param)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(f"{param} must be valid Unicode, got a lone surrogate", param=param) from error
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    async def encode_async(self, text: str, **options: Any) -> list[int]:
+        """`encode`, off the event loop when the text is long."""
+        if len(text) <= LONG_TEXT_CHARS:
+            return self.encode(text, **options)
+        return await asyncio.to_thread(self.encode, text, **options)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids` as a whole; ids without a text are left out."""
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation, by the model's template in transformers' jinja sandbox.
+
+        Encode it with add_special_tokens=False: templates write their own. Raises InvalidParameterError (messages).
+        """
+        if not self.has_chat_template:
+            raise InvalidParameterError("this model has no chat template; use completions", param="messages")
+        if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
+            raise InvalidParameterError("messages must be a list of at least 1 message", param="messages")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidParameterError("each message must be an object with a role", param="messages")
+        try:
+            text = self._pretrained.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(template_kwargs or {}),
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InvalidParameterError(f"the chat template refused the messages: {error}", param="messages") from error
+        return str(text)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation; `options` are those of `render_chat`."""
+        size = sum(len(str(message)) for message in messages)
+        if size <= LONG_TEXT_CHARS:
+            text = self.render_chat(messages, **options)
+        else:
+            text = await asyncio.to_thread(self.render_chat, messages, **options)
+        return await self.encode_async(text, add_special_tokens=False, param="messages")
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token inside a sentence, a leading space kept; U+FFFD where it is part of a character."""
+        text = self._text_of.get(token_id)
+        if text is None:
+            if self.byte_level:
+                text = self.token_bytes(token_id).decode("utf-8", "replace")
+            else:
+                before = self.decode(self._anchor, skip_special_tokens=False)
+                text = self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(before) :]
+            self._text_of[token_id] = text
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token of a byte-level tokenizer; empty for an id without a text."""
+        found = self._bytes_of.get(token_id)
+        if found is None:
+            piece = self._backend.id_to_token(token_id) or ""
+            # The ByteLevel decoder takes a piece with a foreign character as it stands: an added token.
+            found = bytes(_BYTE_OF[c] for c in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
+            self._bytes_of[token_id] = found
+        return found
+
+
+def new_utf8_decoder() -> codecs.IncrementalDecoder:
+    """Bytes to text as they come; invalid bytes become U+FFFD exactly as in the tokenizers library."""
+    return codecs.getincrementaldecoder("utf-8")("replace")

@@ -1,0 +1,81 @@
+"""The ladder of decode graphs. That replays give the tokens of eager steps is tested with the process, on CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from executor.graphs import DecodeGraphs, _borrow, ladder
+from executor.inputs import PlanHeader, StagedPlan, StepInputs
+from executor.slot_state import SlotState
+from executor.warmup import synthetic_plan
+from ipc.frames import FrameLimits, PlanFlag, write_plan
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 8, 24, 100, 256, 257, 300, 512])
+def test_the_ladder_climbs_to_the_largest_batch_and_pads_little(max_rows: int) -> None:
+    sizes = ladder(max_rows)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max_rows
+    assert set(sizes) >= {size for size in (1, 2, 4, 8, 12, 16, 24, 32, 40) if size <= max_rows}
+    for rows in range(1, max_rows + 1):
+        bucket = next(size for size in sizes if size >= rows)
+        assert bucket < 2 * rows
+        assert bucket - rows < 16
+
+
+@pytest.mark.gpu
+def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
+    """A model whose logits point at (token + position) mod vocab: each step's tokens follow from the one before."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    vocab, device = 97, torch.device("cuda")
+    limits = FrameLimits(max_rows=20, max_tokens=64, max_seq_len=64, block_size=4, max_logprobs=0)
+    compute = torch.cuda.Stream(device)
+    with torch.inference_mode(), torch.cuda.stream(compute):
+        state = SlotState(limits, device)
+
+        def forward(inputs: StepInputs) -> torch.Tensor:
+            target = (inputs.token_ids + inputs.positions) % vocab
+            return (target[:, None] == torch.arange(vocab, device=device)).to(torch.bfloat16)
+
+        def sample_greedy(inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+            token = logits.argmax(-1).int()
+            state.set_tokens(inputs.row_slot, token)
+            return token
+
+        graphs = DecodeGraphs(
+            state, max_rows=20, max_kv_len=64, compute=compute, forward=forward, sample_greedy=sample_greedy
+        )
+        state.last_token.copy_(torch.arange(21))
+        state.position[:20] = torch.arange(20, device=device)
+        last, position = list(range(20)), list(range(20))
+        random = torch.Generator().manual_seed(3)
+        for rows in (1, 3, 20, 7, 16, 2, 13, 20, 5):
+            slots = torch.randperm(20, generator=random)[:rows].tolist()
+            plan = synthetic_plan([1] * rows, rows, PlanFlag.NONE)
+            plan.row_slot[:] = slots
+            payload = torch.zeros(limits.plan_bytes, dtype=torch.uint8)
+            used = write_plan(payload.numpy(), plan)
+            staged = StagedPlan(PlanHeader.read(payload.numpy()), payload[:used].to(device))
+            graph = graphs.replay_model(staged)
+            assert graph.logits[:rows].argmax(-1).tolist() == [(last[s] + position[s]) % vocab for s in slots]
+            graph.greedy.replay()
+            for slot in slots:
+                last[slot] = (last[slot] + position[slot]) % vocab
+                position[slot] += 1
+            assert graph.token[:rows].tolist() == [last[slot] for slot in slots]
+            assert state.last_token[:20].tolist() == last
+            assert state.position.tolist() == [*position, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_borrowed_tensor_is_the_same_memory(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    tensor = torch.randn(3, 5, device="cuda").to(dtype)
+    alias = _borrow(tensor)
+    assert (alias.data_ptr(), alias.dtype, alias.shape) == (tensor.data_ptr(), dtype, tensor.shape)
+    tensor.fill_(2.5)
+    assert torch.equal(alias, tensor)

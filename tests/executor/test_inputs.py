@@ -1,0 +1,198 @@
+"""Plans to model inputs: the tensors of a step against plain loops over the plan and a dictionary of slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from executor.inputs import (
+    PlanHeader,
+    StagedPlan,
+    StepInputs,
+    apply_blocks,
+    apply_deltas,
+    build_decode_inputs,
+    build_inputs,
+)
+from executor.slot_state import SlotState
+from executor.warmup import full_step_plan, synthetic_plan, warmup_plans
+from ipc.frames import FrameLimits, Param, Plan, PlanFlag, write_plan
+
+LIMITS = FrameLimits(max_rows=12, max_tokens=128, max_seq_len=100, block_size=4, max_logprobs=2)
+
+
+def stage(plan: Plan) -> StagedPlan:
+    payload = np.full(LIMITS.plan_bytes, 0xA5, np.uint8)
+    used = write_plan(payload, plan)
+    return StagedPlan(PlanHeader.read(payload), torch.from_numpy(payload[:used].copy()))
+
+
+class RecordingSampler:
+    """Keeps what it was given, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *columns: self.calls.append((name, [column.tolist() for column in columns]))
+
+
+def int32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(values, np.int32)
+
+
+def random_state(rng: np.random.Generator) -> SlotState:
+    state = SlotState(LIMITS, torch.device("cpu"))
+    state.last_token.copy_(torch.from_numpy(rng.integers(0, 500, state.num_slots)))
+    state.position[:-1] = torch.from_numpy(rng.integers(0, 60, LIMITS.max_rows))
+    state.block_table.copy_(torch.from_numpy(rng.integers(1, 99, state.block_table.shape)))
+    return state
+
+
+def random_plan(rng: np.random.Generator, num_decode: int, num_prefill: int, state: SlotState) -> Plan:
+    lens = [1] * num_decode + rng.integers(1, 9, num_prefill).tolist()
+    plan = synthetic_plan(lens, num_decode, PlanFlag.NONE)
+    plan.row_slot = rng.permutation(LIMITS.max_rows)[: len(lens)].astype(np.int32)
+    plan.row_sample = rng.integers(0, 2, len(lens)).astype(np.int32)
+    plan.prefill_token = rng.integers(0, 500, len(plan.prefill_token)).astype(np.int32)
+    plan.max_kv_len = int((state.position.numpy()[plan.row_slot] + plan.row_query_len).max())
+    return plan
+
+
+def expected_inputs(plan: Plan, state: SlotState) -> dict[str, list[int]]:
+    """The definition, one token at a time."""
+    want: dict[str, list[int]] = {
+        name: [] for name in ("token_ids", "positions", "slot_mapping", "kv_len", "last_index")
+    }
+    want["query_start"] = [0]
+    prefill = iter(plan.prefill_token.tolist())
+    for row, (slot, length) in enumerate(zip(plan.row_slot.tolist(), plan.row_query_len.tolist(), strict=True)):
+        start = int(state.position[slot])
+        for position in range(start, start + length):
+            want["token_ids"].append(int(state.last_token[slot]) if row < plan.num_decode else next(prefill))
+            want["positions"].append(position)
+            block = int(state.block_table[slot, position // LIMITS.block_size])
+            want["slot_mapping"].append(block * LIMITS.block_size + position % LIMITS.block_size)
+        want["kv_len"].append(start + length)
+        want["query_start"].append(len(want["token_ids"]))
+        want["last_index"].append(len(want["token_ids"]) - 1)
+    return want
+
+
+def check(inputs: StepInputs, want: dict[str, list[int]]) -> None:
+    for name, values in want.items():
+        assert getattr(inputs, name).tolist() == values, name
+    for name in ("token_ids", "positions", "slot_mapping", "row_slot", "last_index"):
+        assert getattr(inputs, name).dtype == torch.int64, name
+    for name in ("query_start", "kv_len", "row_sample", "block_table"):
+        assert getattr(inputs, name).dtype == torch.int32, name
+
+
+@pytest.mark.parametrize(("num_decode", "num_prefill"), [(1, 0), (12, 0), (0, 1), (0, 5), (1, 1), (7, 5), (3, 9)])
+def test_inputs_match_the_definition(num_decode: int, num_prefill: int) -> None:
+    rng = np.random.default_rng(10 * num_decode + num_prefill)
+    for _ in range(20):
+        state = random_state(rng)
+        plan = random_plan(rng, num_decode, num_prefill, state)
+        want = expected_inputs(plan, state)
+        positions = state.position.clone()
+        inputs = build_inputs(stage(plan), state)
+        check(inputs, want)
+        assert inputs.row_slot.tolist() == plan.row_slot.tolist()
+        assert inputs.row_sample.tolist() == plan.row_sample.tolist()
+        assert (inputs.num_rows, inputs.num_decode) == (plan.num_rows, plan.num_decode)
+        assert (inputs.num_tokens, inputs.max_kv_len) == (plan.num_tokens, plan.max_kv_len)
+        positions[torch.from_numpy(plan.row_slot).long()] += torch.from_numpy(plan.row_query_len)
+        assert state.position.tolist() == positions.tolist()
+
+
+def test_padding_rows_stay_in_the_null_block() -> None:
+    rng = np.random.default_rng(1)
+    state = SlotState(LIMITS, torch.device("cpu"))
+    state.position[:2] = torch.tensor([9, 3])
+    state.block_table[:2] = torch.from_numpy(rng.integers(1, 99, (2, LIMITS.max_blocks_per_seq))).int()
+    row_slot = torch.tensor([1, 0, state.null_slot, state.null_slot], dtype=torch.int32)
+    for step in range(3):
+        inputs = build_decode_inputs(row_slot, torch.ones(4, dtype=torch.int32), state, 100)
+        state.clear_null_slot()
+        assert inputs.positions.tolist() == [3 + step, 9 + step, 0, 0]
+        assert inputs.kv_len.tolist() == [4 + step, 10 + step, 1, 1]
+        assert inputs.slot_mapping.tolist()[2:] == [0, 0]
+    assert state.position.tolist()[:2] == [12, 6]
+    assert int(state.position[state.null_slot]) == 0
+
+
+def test_deltas_reach_their_owners_in_order() -> None:
+    state, sampler = SlotState(LIMITS, torch.device("cpu")), RecordingSampler()
+    plan = synthetic_plan([3, 2], 0, PlanFlag.PENALTY | PlanFlag.BIAS)
+    params = np.arange(2 * Param.COUNT, dtype=np.int32).reshape(2, Param.COUNT)
+    params[:, Param.COMPUTED] = 8, 0
+    plan.admit_slot, plan.admit_params = int32(4, 1), params
+    plan.bias_slot, plan.bias_index, plan.bias_token = int32(4), int32(2), int32(77)
+    plan.bias_value, plan.bias_until = np.array([-2.5], np.float32), int32(19)
+    plan.history_slot, plan.history_token, plan.history_count = int32(4, 4), int32(5, 6), int32(1, 3)
+    plan.block_slot, plan.block_index, plan.block_id = int32(4, 1), int32(0, 3), int32(21, 22)
+    apply_deltas(stage(plan), state, sampler)  # type: ignore[arg-type]
+    apply_blocks(stage(plan), state)
+    assert state.position.tolist()[:5] == [0, 0, 0, 0, 8]
+    assert (int(state.block_table[4, 0]), int(state.block_table[1, 3])) == (21, 22)
+    calls = dict(sampler.calls)
+    assert sampler.calls[0][0] == "admit"
+    assert calls["admit"] == [[4, 1], params.tolist()]
+    assert calls["set_bias"] == [[4], [2], [77], [-2.5], [19]]
+    assert calls["set_history"][-3:] == [[4, 4], [5, 6], [1, 3]]
+
+
+def test_a_plan_without_deltas_touches_nothing() -> None:
+    state, sampler = SlotState(LIMITS, torch.device("cpu")), RecordingSampler()
+    plan = stage(synthetic_plan([1, 1], 2, PlanFlag.NONE))
+    apply_deltas(plan, state, sampler)  # type: ignore[arg-type]
+    apply_blocks(plan, state)
+    assert sampler.calls == []
+
+
+@pytest.mark.gpu
+def test_the_unpack_kernel_does_what_the_torch_version_does() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from executor.unpack_kernel import unpack_decode
+
+    limits = FrameLimits(max_rows=600, max_tokens=600, max_seq_len=500, block_size=4, max_logprobs=0)
+    device = torch.device("cuda")
+    rng = np.random.default_rng(2)
+    for rows, bucket, deltas in ((1, 1, 0), (3, 4, 3), (16, 16, 700), (250, 256, 0), (300, 600, 40), (600, 600, 600)):
+        plan = synthetic_plan([1] * rows, rows, PlanFlag.NONE)
+        plan.row_slot = rng.permutation(limits.max_rows)[:rows].astype(np.int32)
+        entries = rng.permutation(limits.max_rows * limits.max_blocks_per_seq)[:deltas]
+        plan.block_slot, plan.block_index = (
+            part.astype(np.int32) for part in divmod(entries, limits.max_blocks_per_seq)
+        )
+        plan.block_id = rng.integers(1, 10_000, deltas).astype(np.int32)
+        payload = np.full(limits.plan_bytes, 0xA5, np.uint8)
+        used = write_plan(payload, plan)
+        staged = StagedPlan(PlanHeader.read(payload), torch.from_numpy(payload[:used]).to(device))
+        want, got = SlotState(limits, device), SlotState(limits, device)
+        for state in (want, got):
+            state.block_table.fill_(-7)
+        row_slot = torch.full((limits.max_rows + 1,), -7, dtype=torch.int32, device=device)
+        apply_blocks(staged, want)
+        unpack_decode(staged, got, row_slot[:bucket])
+        assert torch.equal(got.block_table, want.block_table)
+        padding = [got.null_slot] * (bucket - rows)
+        assert row_slot.tolist() == plan.row_slot.tolist() + padding + [-7] * (limits.max_rows + 1 - bucket)
+
+
+def test_synthetic_plans_fit_the_limits() -> None:
+    for limits in (LIMITS, FrameLimits(1, 8, 4, 4, 0), FrameLimits(2, 2, 100, 16, 0), FrameLimits(300, 256, 64, 16, 5)):
+        payload = np.zeros(limits.plan_bytes, np.uint8)
+        full = full_step_plan(limits)
+        assert full.num_tokens == min(limits.max_tokens, limits.max_seq_len * limits.max_rows)
+        for plan in (full, *warmup_plans(limits)):
+            write_plan(payload, plan)
+            assert plan.num_rows <= limits.max_rows
+            assert plan.num_tokens <= limits.max_tokens
+            assert plan.max_kv_len <= limits.max_seq_len
+            assert int(plan.row_query_len.min()) >= 1

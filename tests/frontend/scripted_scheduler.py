@@ -1,0 +1,169 @@
+"""A scheduler played by a test: a real ROUTER in a thread. It answers what every scheduler answers by itself, keeps
+what came for the test to read, and sends what the test, or its `on_admit` script, says.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+import zmq
+
+from ipc.schema import (
+    PROTOCOL_VERSION,
+    Admit,
+    FinishReason,
+    GetStats,
+    Heartbeat,
+    Hello,
+    Logprobs,
+    Message,
+    ModelCard,
+    Stats,
+    Tokens,
+    Welcome,
+    decode_frontend,
+    encode,
+)
+from ipc.sockets import EndpointDirectory, bind_router
+
+WAIT_S = 10.0
+RUNNING, STOP, LENGTH = FinishReason.RUNNING, FinishReason.STOP, FinishReason.LENGTH
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+def card(path: str = "", **changes: Any) -> ModelCard:
+    fields = {"max_model_len": 512, "vocab_size": 500, "eos_token_ids": (0,), "max_logprobs": 20}
+    return ModelCard(name="test", path=path, **{**fields, **changes})
+
+
+def stats(**changes: Any) -> Stats:
+    fields: dict[str, Any] = dict.fromkeys(Stats.__struct_fields__, 0)
+    return Stats(**{**fields, "requests_finished": {}, "draining": False, **changes})
+
+
+def tokens(rows: Iterable[tuple[int, int, int]], cached: dict[int, int] | None = None, logprobs: Any = None) -> Tokens:
+    """A frame of (request id, token, finish) rows."""
+    ids, values, finishes = zip(*rows, strict=True)
+    cached = cached or {}
+    return Tokens(
+        np.array(ids, np.int64).tobytes(),
+        np.array(values, np.int32).tobytes(),
+        np.array(finishes, np.uint8).tobytes(),
+        np.array(list(cached), np.int64).tobytes(),
+        np.array(list(cached.values()), np.int32).tobytes(),
+        logprobs,
+    )
+
+
+def logprob_columns(rows: dict[int, tuple[float, int, list[int], list[float]]]) -> Logprobs:
+    values = list(rows.values())
+    return Logprobs(
+        row=np.array(list(rows), np.int32).tobytes(),
+        logprob=np.array([v[0] for v in values], np.float32).tobytes(),
+        rank=np.array([v[1] for v in values], np.int32).tobytes(),
+        width=len(values[0][2]),
+        top_token=np.array([v[2] for v in values], np.int32).tobytes(),
+        top_logprob=np.array([v[3] for v in values], np.float32).tobytes(),
+    )
+
+
+def whole_answer(admit: Admit, ids: Iterable[int], finish: FinishReason = LENGTH) -> Tokens:
+    """All of `ids` for one request, in one frame."""
+    ids = list(ids)
+    return tokens([(admit.request_id, token, finish if i == len(ids) - 1 else RUNNING) for i, token in enumerate(ids)])
+
+
+class ScriptedScheduler:
+    """Context manager. `welcome` may be None (silence), and `answers` switched off and on, at any time."""
+
+    def __init__(
+        self,
+        *,
+        welcome: Message | None = None,
+        model_card: ModelCard | None = None,
+        on_admit: Callable[[Admit], Iterable[Message]] | None = None,
+    ) -> None:
+        self.card = model_card or card()
+        self.welcome = welcome or Welcome(PROTOCOL_VERSION, True, self.card, 1, 100, 16)
+        self.on_admit = on_admit
+        self.answers = True
+        self.stats = stats()
+        self.seen: list[Message] = []
+        self._arrived: queue.Queue[Message] = queue.Queue()
+        self._directory = EndpointDirectory()
+        self._context = zmq.Context()
+        self._router = bind_router(self._context, self._directory.frontend)
+        self._commands = self._context.socket(zmq.PAIR)
+        self._commands.bind("inproc://commands")
+        self._script = self._context.socket(zmq.PAIR)
+        self._script.connect("inproc://commands")
+        self._identity = b""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        return self._directory.frontend
+
+    def __enter__(self) -> ScriptedScheduler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._script.send(b"")
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+        self._script.close()
+        self._context.term()
+        self._directory.close()
+
+    def send(self, *messages: Message | bytes) -> None:
+        """To the peer that spoke last. From one thread of the test."""
+        for message in messages:
+            self._script.send(message if isinstance(message, bytes) else encode(message))
+
+    def expect(self, kind: type[MessageT]) -> MessageT:
+        """The next message of this kind; others that come before are skipped. Fails after WAIT_S."""
+        while True:
+            message = self._arrived.get(timeout=WAIT_S)
+            if isinstance(message, kind):
+                return message
+
+    def count(self, kind: type[Message]) -> int:
+        return sum(isinstance(message, kind) for message in self.seen)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._commands, zmq.POLLIN)
+        while True:
+            events = dict(poller.poll())
+            if self._router in events:
+                self._identity, payload = self._router.recv_multipart()
+                self._on_message(decode_frontend(payload))
+            if self._commands in events:
+                payload = self._commands.recv()
+                if not payload:
+                    break
+                self._router.send_multipart([self._identity, payload])
+        self._router.close(linger=0)
+        self._commands.close()
+
+    def _on_message(self, message: Message) -> None:
+        self.seen.append(message)
+        self._arrived.put(message)
+        if not self.answers:
+            return
+        if isinstance(message, Hello):
+            self._answer(self.welcome)
+        elif isinstance(message, (Heartbeat, GetStats)):
+            self._answer(self.stats)
+        elif isinstance(message, Admit) and self.on_admit is not None:
+            for answer in self.on_admit(message):
+                self._answer(answer)
+
+    def _answer(self, message: Message) -> None:
+        self._router.send_multipart([self._identity, encode(message)])

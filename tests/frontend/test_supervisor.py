@@ -1,0 +1,316 @@
+"""The launcher's life with real processes and the fake executor: start, restart, drain, stop, and nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.engine import wait_until
+from tests.frontend.model_folder import tiny_model
+
+START_S, STOP_S = 60.0, 20.0
+
+
+class Launched:
+    """One `engine-launch --fake-executor` and what it prints."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.ready_line = ""
+        self.stderr: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.stderr.append(line.rstrip("\n"))
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], START_S)
+        assert readable, f"nothing printed: {self.stderr}"
+        self.ready_line = self.process.stdout.readline()
+        assert self.ready_line.startswith("Serving tiny on http://"), (self.ready_line, self.stderr)
+
+    @property
+    def root(self) -> str:
+        found = re.search(r"(http://\S+)/v1", self.ready_line)
+        assert found
+        return found[1]
+
+    @property
+    def directory(self) -> Path:
+        found = re.search(r"ipc://(\S+)/frontend.sock", self.ready_line)
+        assert found
+        return Path(found[1])
+
+    def roles(self) -> dict[str, psutil.Process]:
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if match := re.search(r"engine-launch: (\w+)", " ".join(child.cmdline())):
+                    found[match[1]] = child
+        return found
+
+    def wait(self) -> int:
+        code = self.process.wait(STOP_S)
+        self._reader.join(STOP_S)
+        return code
+
+    def complete(self, **fields: object) -> httpx.Response:
+        body = {"prompt": "the end", "seed": 0, "max_tokens": 4, **fields}
+        return httpx.post(f"{self.root}/v1/completions", json=body, timeout=START_S)
+
+
+@contextlib.contextmanager
+def launched(folder: Path, *flags: str, env: dict[str, str] | None = None, ready: bool = True) -> Iterator[Launched]:
+    command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--fake-executor", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+        start_new_session=True,
+    )
+    engine = Launched(process)
+    children: list[psutil.Process] = []
+    try:
+        if ready:
+            engine.wait_ready()
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        yield engine
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def listening_ports(process: psutil.Process) -> set[int]:
+    everyone = [process, *process.children(recursive=True)]
+    return {
+        connection.laddr.port
+        for one in everyone
+        for connection in one.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_three_kinds_of_process_one_port_and_nothing_left(folder: Path) -> None:
+    with launched(folder) as engine:
+        assert engine.complete().status_code == 200
+        children = engine.roles()
+        assert sorted(children) == ["executor", "frontend", "scheduler"]
+        assert listening_ports(psutil.Process(engine.process.pid)) == {int(engine.root.rpartition(":")[2])}
+        assert engine.directory.stat().st_mode & 0o777 == 0o700
+        engine.process.terminate()
+        assert engine.wait() == 0
+        assert not any(child.is_running() for child in children.values())
+        assert not engine.directory.exists()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{engine.root}/health")
+
+
+def test_several_frontends_share_the_port(folder: Path) -> None:
+    with launched(folder, "--frontends", "2") as engine:
+        children = psutil.Process(engine.process.pid).children()
+        assert len(children) == 4
+        assert engine.complete().status_code == 200
+        assert "engine:frontends" in (text := httpx.get(f"{engine.root}/metrics").text)
+        assert 'engine:frontends{engine="0",model_name="tiny"} 2.0' in text
+        engine.process.terminate()
+        assert engine.wait() == 0
+
+
+def test_ctrl_c_reaches_the_launcher_alone_and_ends_in_order(folder: Path) -> None:
+    with launched(folder) as engine:
+        os.killpg(engine.process.pid, signal.SIGINT)
+        assert engine.wait() == 0
+        assert not any("Traceback" in line for line in engine.stderr)
+
+
+def test_sigterm_lets_open_requests_finish_and_refuses_new_ones(folder: Path) -> None:
+    with launched(folder, env={"ENGINE_FAKE_STEP_US": "20000"}) as engine:
+        body = {"prompt": "the end", "max_tokens": 100, "seed": 0, "stream": True}
+        with httpx.stream("POST", f"{engine.root}/v1/completions", json=body, timeout=START_S) as response:
+            lines = response.iter_lines()
+            next(lines)
+            engine.process.terminate()
+            wait_until(lambda: httpx.get(f"{engine.root}/health").status_code == 503, STOP_S, "health says 503")
+            assert engine.complete().status_code == 503
+            text = "\n".join(lines)
+        assert text.rstrip().endswith("data: [DONE]")
+        assert '"finish_reason":"length"' in text
+        assert engine.wait() == 0
+
+
+@pytest.mark.parametrize("how", ["second signal", "shutdown timeout"])
+def test_a_shutdown_that_ends_requests_tells_their_clients(folder: Path, how: str) -> None:
+    flags = ["--shutdown-timeout", "0.3"] if how == "shutdown timeout" else []
+    with launched(folder, *flags, env={"ENGINE_FAKE_STEP_US": "20000"}) as engine:
+        body = {"prompt": "the end", "max_tokens": 2000, "seed": 0, "stream": True}
+        with httpx.stream("POST", f"{engine.root}/v1/completions", json=body, timeout=START_S) as response:
+            lines = response.iter_lines()
+            next(lines)
+            engine.process.terminate()
+            if how == "second signal":
+                wait_until(lambda: any("draining" in line for line in engine.stderr), STOP_S, "draining")
+                engine.process.terminate()
+                with contextlib.suppress(httpx.RemoteProtocolError):
+                    text = "\n".join(lines)
+                    assert '"finish_reason":"' not in text
+                    assert "[DONE]" not in text
+            else:
+                text = "\n".join(lines)
+                assert '"error":{' in text
+                assert '"finish_reason":"' not in text
+                assert "[DONE]" not in text
+        assert engine.wait() == 0
+
+
+def test_a_signal_while_starting_ends_at_once(folder: Path) -> None:
+    with launched(folder, ready=False) as engine:
+        wait_until(lambda: psutil.Process(engine.process.pid).children(), START_S, "a child")
+        engine.process.terminate()
+        assert engine.wait() == 0
+
+
+def test_a_killed_executor_is_replaced_and_streams_go_on(folder: Path) -> None:
+    env = {"ENGINE_FAULT": "executor:step=20:epoch=0:exit", "ENGINE_FAKE_STEP_US": "1000"}
+    with launched(folder, env=env) as engine:
+        answer = engine.complete(max_tokens=60, return_token_ids=True).json()
+        with launched(folder) as calm:
+            expected = calm.complete(max_tokens=60, return_token_ids=True).json()
+        assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
+        assert answer["usage"]["completion_tokens"] == 60
+        wait_until(lambda: any("serving again" in line for line in engine.stderr), STOP_S, "a log line")
+        engine.process.terminate()
+        assert engine.wait() == 0
+        assert "restart 1 of 3" in "\n".join(engine.stderr)
+
+
+def test_a_killed_frontend_is_replaced(folder: Path) -> None:
+    with launched(folder) as engine:
+        first = engine.roles()["frontend"]
+        first.kill()
+        wait_until(
+            lambda: "frontend" in (roles := engine.roles()) and roles["frontend"].pid != first.pid, STOP_S, "another"
+        )
+        wait_until(lambda: httpx.get(f"{engine.root}/health", timeout=STOP_S).is_success, STOP_S, "health")
+        assert engine.complete().status_code == 200
+        engine.process.terminate()
+        assert engine.wait() == 0
+
+
+def test_a_killed_scheduler_ends_the_engine_with_code_1(folder: Path) -> None:
+    with launched(folder) as engine:
+        children = engine.roles()
+        children["scheduler"].kill()
+        assert engine.wait() == 1
+        assert engine.stderr[-1] == f"engine-launch: scheduler (pid {children['scheduler'].pid}) was ended by SIGKILL"
+        assert not any(child.is_running() for child in children.values())
+
+
+def test_a_killed_launcher_takes_everything_along(folder: Path) -> None:
+    with launched(folder) as engine:
+        children = list(engine.roles().values())
+        engine.process.kill()
+        gone, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        assert len(gone) == 3
+
+
+def test_restarts_are_limited_and_the_first_traceback_comes_last(folder: Path) -> None:
+    env = {"ENGINE_FAULT": "executor:step=3:raise"}
+    with launched(folder, "--max-restarts", "1", env=env) as engine:
+        with contextlib.suppress(httpx.HTTPError):
+            assert engine.complete(max_tokens=50).status_code >= 500
+        assert engine.wait() == 1
+        log = "\n".join(engine.stderr)
+        assert "executor failed 2 times, the first time with:" in log
+        assert engine.stderr[-1] == "RuntimeError: ENGINE_FAULT: raised at step 3"
+
+
+def test_a_fault_of_the_user_in_a_child_is_one_line_and_code_2(folder: Path) -> None:
+    with launched(folder, env={"ENGINE_FAULT": "executor:bogus"}, ready=False) as engine:
+        assert engine.wait() == 2
+        assert len(engine.stderr) == 1
+        assert engine.stderr[0].startswith("executor: error: ENGINE_FAULT: ")
+
+
+def test_a_hung_executor_is_noticed_dumped_and_replaced(folder: Path) -> None:
+    env = {"ENGINE_FAULT": "executor:step=5:epoch=0:hang"}
+    with launched(folder, "--watchdog-timeout", "1", env=env) as engine:
+        assert engine.complete(max_tokens=30).status_code == 200
+        log = "\n".join(engine.stderr)
+        assert re.search(r"no step finished for \d\.\d s; ending executor", log)
+        assert "most recent call first" in log
+        assert "executor (pid" in log
+        engine.process.terminate()
+        assert engine.wait() == 0
+
+
+def test_one_more_frontend_joins_and_leaves(folder: Path) -> None:
+    with launched(folder, env={"ENGINE_FAKE_STEP_US": "1000"}) as engine:
+        endpoint = f"ipc://{engine.directory}/frontend.sock"
+        command = [sys.executable, "-P", "-c", "import sys; from frontend.process import main; sys.exit(main())"]
+        joined = subprocess.Popen(
+            [*command, "--connect", endpoint, "--port", "0"], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            assert joined.stdout is not None
+            assert select.select([joined.stdout], [], [], START_S)[0]
+            found = re.search(r"http://\S+/v1", joined.stdout.readline())
+            assert found
+            wait_until(lambda: httpx.get(found[0].replace("/v1", "/ready")).is_success, START_S, "it serves")
+            body = {"prompt": "the end", "seed": 0, "max_tokens": 4}
+            mine = httpx.post(f"{found[0]}/completions", json=body, timeout=START_S).json()
+            assert mine["choices"] == engine.complete().json()["choices"]
+            joined.terminate()
+            assert joined.wait(STOP_S) == 0
+        finally:
+            joined.kill()
+            joined.wait()
+        assert engine.complete().status_code == 200
+
+
+def test_ctrl_c_on_a_terminal(folder: Path) -> None:
+    """The children's stderr is a terminal too, so that progress bars show; Ctrl-C stops everything in order."""
+    terminal, theirs = os.openpty()
+    command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--fake-executor", "--device", "cpu"]
+    process = subprocess.Popen([*command, "--port", "0"], preexec_fn=lambda: os.login_tty(theirs))
+    os.close(theirs)
+    shown = b""
+    try:
+        for expected, keys in ((b"Serving tiny", b"\x03"), (b"draining", b"")):
+            while expected not in shown:
+                assert select.select([terminal], [], [], START_S)[0], shown
+                shown += os.read(terminal, 4096)
+            os.write(terminal, keys)
+        assert process.wait(STOP_S) == 0
+        assert b"Traceback" not in shown
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)

@@ -1,0 +1,172 @@
+"""The tokenizer does what transformers does, without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer
+from ipc.errors import InvalidParameterError, ModelError
+from tests.frontend.tokenizers_for_tests import (
+    PATIENT,
+    byte_level,
+    byte_level_tokenizer,
+    save_byte_level,
+    sentencepiece,
+    sentencepiece_tokenizer,
+)
+
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "naïve 😀"}]
+
+
+def test_loading_and_using_it_never_imports_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+import frontend
+tokenizer = frontend.Tokenizer.load(sys.argv[1])
+text = tokenizer.render_chat([{"role": "user", "content": "x"}])
+assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+print(sorted(name for name in sys.modules if name.split(".")[0] == "torch"))
+"""
+    folder = save_byte_level(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
+@settings(max_examples=100, **PATIENT)
+def test_encode_and_decode_are_those_of_transformers(text: str) -> None:
+    for ours, theirs in ((byte_level_tokenizer(), BYTE_LEVEL), (sentencepiece_tokenizer(), SENTENCEPIECE)):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+BYTE_LEVEL, SENTENCEPIECE = byte_level(), sentencepiece()
+
+
+def test_a_beginning_of_sequence_token_is_added_as_the_folder_says(tmp_path: Path) -> None:
+    pretrained = byte_level()
+    pretrained.bos_token = "<|im_start|>"
+    pretrained.add_bos_token = True
+    pretrained.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("the") == [1, *byte_level_tokenizer().encode("the")]
+    assert tokenizer.encode("the", add_special_tokens=False) == byte_level_tokenizer().encode("the")
+
+
+def test_truncation_and_padding_of_the_folder_do_not_apply(tmp_path: Path) -> None:
+    pretrained = byte_level()
+    pretrained.backend_tokenizer.enable_truncation(3)
+    pretrained.backend_tokenizer.enable_padding(length=8)
+    pretrained.save_pretrained(tmp_path)
+    text = "the quick brown fox"
+    assert Tokenizer.load(tmp_path).encode(text) == byte_level_tokenizer().encode(text)
+
+
+def test_chat_is_that_of_transformers() -> None:
+    tokenizer = byte_level_tokenizer()
+    for add in (True, False):
+        expected = BYTE_LEVEL.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=add)
+        assert tokenizer.render_chat(MESSAGES, add_generation_prompt=add) == expected
+    ids = asyncio.run(tokenizer.encode_chat(MESSAGES))
+    assert ids == BYTE_LEVEL.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+
+
+def test_the_template_can_see_the_tools() -> None:
+    pretrained = byte_level()
+    pretrained.chat_template = "{{ tools[0]['function']['name'] }}{{ extra }}"
+    tokenizer = Tokenizer(pretrained)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    assert tokenizer.render_chat(MESSAGES, tools=tools, template_kwargs={"extra": 1}) == "add1"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no system role') }}",
+        "{{ 1 / 0 }}",
+        "{% for %}",
+        "{{ messages[0].content.nothing.here }}",
+    ],
+)
+def test_a_template_is_sandboxed_and_its_errors_are_typed(template: str) -> None:
+    pretrained = byte_level()
+    pretrained.chat_template = template
+    with pytest.raises(InvalidParameterError, match="chat template refused") as caught:
+        Tokenizer(pretrained).render_chat(MESSAGES)
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("messages", [[], "hello", ["hello"], [{"content": "x"}], [{"role": 1}], [{"role": "robot"}]])
+def test_bad_messages(messages: list[dict[str, str]]) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        asyncio.run(byte_level_tokenizer().encode_chat(messages))
+    assert caught.value.param == "messages"
+
+
+def test_no_chat_template() -> None:
+    with pytest.raises(InvalidParameterError, match="no chat template"):
+        sentencepiece_tokenizer().render_chat(MESSAGES)
+
+
+def test_what_is_no_text_is_refused_by_field() -> None:
+    tokenizer = byte_level_tokenizer()
+    for bad in ("\ud800", 5):
+        with pytest.raises(InvalidParameterError) as caught:
+            tokenizer.encode(bad)  # type: ignore[arg-type]
+        assert caught.value.param == "prompt"
+    with pytest.raises(InvalidParameterError) as caught:
+        asyncio.run(tokenizer.encode_chat([{"role": "user", "content": "\ud800"}]))
+    assert caught.value.param == "messages"
+
+
+def test_a_long_text_is_encoded_off_the_loop() -> None:
+    """The loop goes on while a thread encodes: it sets the event that the thread waits for."""
+    import threading
+
+    tokenizer = byte_level_tokenizer()
+    text = "the quick brown fox " * (LONG_TEXT_CHARS // 10)
+
+    class Waiting(Tokenizer):
+        def encode(self, text: str, **options: object) -> list[int]:
+            if len(text) > LONG_TEXT_CHARS:
+                assert loop_ran.wait(10)
+            return super().encode(text, **options)  # type: ignore[arg-type]
+
+    async def main() -> list[int]:
+        asyncio.get_running_loop().call_soon(loop_ran.set)
+        return await Waiting(byte_level()).encode_async(text)
+
+    loop_ran = threading.Event()
+    assert asyncio.run(main()) == tokenizer.encode(text)
+
+
+def test_texts_of_single_tokens() -> None:
+    tokenizer = byte_level_tokenizer()
+    for token in range(tokenizer.vocab_size):
+        assert tokenizer.token_text(token) == tokenizer.decode([token], skip_special_tokens=False)
+    assert tokenizer.token_text(tokenizer.vocab_size + 5) == ""
+    pieces = sentencepiece_tokenizer()
+    (the,) = pieces.encode("the", add_special_tokens=False)
+    assert pieces.token_text(the) == " the"
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"model": 5}'])
+def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="no usable tokenizer") as caught:
+        Tokenizer.load(tmp_path)
+    assert caught.value.param == "--tokenizer"
