@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--start-fd", type=int, required=True, help="memory file with the configuration and channels")
     started_s = now_s()
     config, channels = read_start(parser.parse_args().start_fd, EngineConfig, ExecutorChannels)
+    # OpenMP threads that spin while idle starve the other processes of a small machine; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         enter_process("executor", channels.parent_pipe, ipc, executor)
         # Only now: importing torch takes seconds, and the parent may die in them.

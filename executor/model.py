@@ -33,7 +33,7 @@ _CHECK_LIMIT: Final = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16:
 
 
 class Model:
-    """A loaded model on its device. Answers with zero KV blocks until `allocate_kv`."""
+    """A loaded model on its device. Has no KV blocks until `allocate_kv`."""
 
     def __init__(
         self, module: Any, layers: list[tuple[nn.Module, LayerSpec]], vocab_size: int, config: EngineConfig
@@ -69,7 +69,7 @@ class Model:
         try:
             for layer in self.layers:
                 layer.k_cache, layer.v_cache = allocate_pages(layer.spec, num_blocks, self.block_size, self.device)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             raise ConfigError(f"{num_blocks} KV blocks do not fit: {error}", param="--num-blocks") from error
 
     @torch.inference_mode()

@@ -42,9 +42,6 @@ def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | Non
         phases = Phases(now_s() if started_s is None else started_s)
         phases.end("import")
         executor = Executor(config, channels, wire, phases)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 100)  # a step makes next to no cycles, and collecting them is a stall
         wire.hello(executor.num_blocks)
         phases.report(executor.description)
         return executor.serve()
@@ -129,9 +126,7 @@ class Executor:
         self._wire.stop_on_sigterm()
         gc.collect()
         gc.freeze()
-        gc.set_threshold(
-            50_000, 20, 100
-        )  # a step makes no garbage cycles to speak of, and a full collection is a stall
+        gc.set_threshold(50_000, 20, 100)  # a step makes next to no cycles, and collecting them is a stall
         step = 0
         while (payload := self._wire.next_plan()) is not None:
             since_ns = now_ns()

@@ -32,6 +32,7 @@ class WorkList:
         self.window = window or _NO_WINDOW
         self.kv_heads = kv_heads
         self._slots = max(1, _multiprocessors(device) * _PROGRAMS_PER_SM // kv_heads)
+        self._max_rows = max_rows
         self._rows_pad = triton.next_power_of_2(max_rows)
         items = self.capacity(max_rows)
         self.item_row = torch.zeros(items, dtype=torch.int32, device=device)
@@ -46,6 +47,7 @@ class WorkList:
 
     def fill(self, kv_len: torch.Tensor, rows: int) -> None:
         """Cut the first `rows` of `kv_len`, int32 [rows]."""
+        assert rows <= self._max_rows, f"{rows} decode rows, the work list was made for {self._max_rows}"
         split_kernel[(1,)](
             kv_len,
             self.item_row,

@@ -248,3 +248,10 @@ def test_forward_never_waits_for_the_device(tmp_path: Path) -> None:
             model.forward(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cache_that_cannot_be_allocated(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    with pytest.raises(ConfigError, match="KV blocks do not fit") as caught:
+        cpu_model(tmp_path).allocate_kv(1 << 40)
+    assert caught.value.param == "--num-blocks"
