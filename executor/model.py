@@ -29,7 +29,8 @@ _MODELS: Final[Any] = transformers.AutoModelForCausalLM
 _LOGGING: Final[Any] = transformers.utils.logging
 
 _CHECK_TOKENS: Final = 17  # more than a block of the usual size
-_CHECK_LIMIT: Final = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of the largest logit
+# Of |paged - own| / |own|: a misplaced page is near 1, rounding grows with the depth of the model.
+_CHECK_LIMIT: Final = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 class Model:
@@ -182,12 +183,12 @@ def check_paging(model: Model, num_tokens: int) -> None:
     probe.set_implementation(module, "eager")
     expected = module(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
     probe.set_implementation(module, probe.SERVE)
-    difference = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
-    limit = _CHECK_LIMIT.get(model.dtype, 6e-2)
+    difference = ((logits - expected).norm() / expected.norm().clamp_min(1e-6)).item()
+    limit = _CHECK_LIMIT.get(model.dtype, 2e-1)
     if not difference <= limit:
         raise ModelError(
-            f"{type(module).__name__} cannot be served: paged logits differ from its own by {difference:.2g} of the "
-            f"largest (limit {limit:g} in {model.dtype})",
+            f"{type(module).__name__} cannot be served: paged logits differ from its own by {difference:.2g} of their "
+            f"norm (limit {limit:g} in {model.dtype})",
             param="--model",
         )
 
