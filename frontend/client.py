@@ -232,8 +232,7 @@ class AsyncClient:
         try:
             while running:
                 try:
-                    async with asyncio.timeout_at(deadline):
-                        ready = await mailbox.wait()
+                    ready = await mailbox.wait(deadline)
                 except TimeoutError as error:
                     raise RequestTimeoutError(f"the request did not finish within {timeout_s} s") from error
                 for flight in ready:

@@ -39,8 +39,7 @@ class WindowStream:
     """For tokenizers whose tokens decode by their neighbours (sentencepiece, word pieces).
 
     Decodes a short window of tokens with and without the new ones and sends the difference, once it does not end in an
-    undecided character. The window starts with the prompt's last tokens, so that the first space is not lost; a prompt
-    that ends inside a character is no context, or its text would be sent.
+    undecided character. The window starts with the prompt's last tokens, so that the first space is not lost.
     """
 
     # window[:read]   sent, kept as context; `before` is their text
@@ -51,6 +50,7 @@ class WindowStream:
         self._window = [token for token in prompt[-_CONTEXT_TOKENS:] if token not in self._skip]
         self._before = self._text(self._window)
         if self._before.endswith(_UNDECIDED):
+            # Cut inside a character: its bytes would make the first bytes of the output undecodable too.
             self._window, self._before = [], ""
         self._read = len(self._window)
 
@@ -76,7 +76,7 @@ class WindowStream:
         whole = self._text(self._window)
         if whole.startswith(self._before):
             return whole[len(self._before) :]
-        # Byte fallback decodes a run of bytes as one: a bad byte turns characters already sent into U+FFFD.
+        # Byte fallback decodes a run of bytes as one: a new byte can change text that was sent, or was the prompt's.
         return self._text(self._window[self._read :])
 
     def _text(self, ids: Sequence[int]) -> str:

@@ -36,12 +36,19 @@ class Mailbox:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def wait(self) -> list[Flight]:
-        """The sequences with news since the last call, at least one; a cancelled wait loses none."""
+    async def wait(self, deadline: float | None = None) -> list[Flight]:
+        """The sequences with news since the last call, at least one; a cancelled wait loses none.
+
+        `deadline`: time of the event loop after which it raises TimeoutError.
+        """
         if not self._ready:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                if deadline is None:
+                    await self._waiter
+                else:
+                    async with asyncio.timeout_at(deadline):
+                        await self._waiter
             finally:
                 self._waiter = None
         ready = list(self._ready)

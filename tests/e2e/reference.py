@@ -1,26 +1,44 @@
-"""What transformers says: greedy continuations of the demo model, float32, with the margin of every decision."""
+"""What transformers says: continuations of the demo model in float32, kept only where every decision is clear."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
+from frontend.request import GenerateParams
 from tests.e2e.engine import DEMO_MODEL
+from tests.executor.sampler_rows import Row, expected_scores
 
 MIN_MARGIN = 1e-3  # float32 logits of different batch shapes differ by about 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and its greedy continuation."""
+    """One prompt and its continuation; greedy unless it has a seed."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     output: tuple[int, ...]
+    sampling: dict[str, Any]
+
+    def params(self) -> GenerateParams:
+        return GenerateParams(max_tokens=self.max_tokens, **self.sampling)
+
+
+class _Sampling(LogitsProcessor):
+    """Turns logits into the scores whose argmax is the token this engine must sample."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        row = Row(**{**vars(self.row), "position": input_ids.shape[1]})
+        return expected_scores(scores[0], row)[None]
 
 
 @functools.cache
@@ -54,20 +72,39 @@ def prompts(count: int, longest: int, seed: int) -> list[tuple[int, ...]]:
     return made
 
 
+def greedy_cases(count: int, longest: int, max_tokens: int) -> list[Case]:
+    """At least `count` greedy cases whose every decision has a margin above MIN_MARGIN."""
+    asked = [(prompt, Row(slot=0), {"temperature": 0.0}) for prompt in prompts(count + count // 10, longest, seed=0)]
+    return _clear_cases(asked, count, max_tokens)
+
+
+def sampled_cases(count: int, longest: int, max_tokens: int) -> list[Case]:
+    """At least `count` seeded cases, of several temperatures and filters."""
+    rng, asked = np.random.default_rng(1), []
+    for i, prompt in enumerate(prompts(count + count // 4, longest, seed=1)):
+        seed, temperature = int(rng.integers(2**63)), round(float(rng.uniform(0.5, 1.2)), 2)
+        filters: dict[str, Any] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.05}][i % 4]
+        row = Row(slot=0, seed=seed, temperature=temperature, **filters)
+        asked.append((prompt, row, {"temperature": temperature, "seed": seed, **filters}))
+    return _clear_cases(asked, count, max_tokens)
+
+
 @torch.inference_mode()
-def greedy_cases(count: int, longest: int, max_tokens: int, seed: int = 0) -> list[Case]:
-    """At least `count` cases whose every decision has a margin above MIN_MARGIN."""
-    model, cases = reference_model(), []
-    for prompt in prompts(count + count // 10 + 2, longest, seed):
-        out = model.generate(
-            torch.tensor([prompt]),
+def _clear_cases(asked: list[tuple[tuple[int, ...], Row, dict[str, Any]]], count: int, max_tokens: int) -> list[Case]:
+    cases = []
+    for prompt, row, sampling in asked:
+        ids = torch.tensor([prompt])
+        out: Any = reference_model().generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
             do_sample=False,
-            output_logits=True,
+            logits_processor=LogitsProcessorList([_Sampling(row)] if row.temperature else []),
+            output_scores=True,
             return_dict_in_generate=True,
         )
-        top = torch.stack(out.logits)[:, 0].topk(2).values
+        top = torch.stack(out.scores)[:, 0].topk(2).values
         if float((top[:, 0] - top[:, 1]).min()) > MIN_MARGIN:
-            cases.append(Case(prompt, max_tokens, tuple(out.sequences[0, len(prompt) :].tolist())))
-    assert len(cases) >= count, f"only {len(cases)} of {count} prompts have clear margins"
-    return cases
+            cases.append(Case(prompt, max_tokens, tuple(out.sequences[0, len(prompt) :].tolist()), sampling))
+    assert len(cases) >= count, f"only {len(cases)} of {len(asked)} prompts have clear margins"
+    return cases[:count]

@@ -203,7 +203,7 @@ def test_too_small_a_cache_states_both_numbers(changes: dict[str, Any], numbers:
 @needs_cuda
 def test_cuda_cache_leaves_room_for_a_full_step(tmp_path: Path) -> None:
     tiny(tmp_path)
-    config = engine_config(tmp_path, device="cuda", max_num_seqs=100_000, gpu_memory_utilization=0.5)
+    config = engine_config(tmp_path, device="cuda", max_num_seqs=64, max_model_len=1 << 24, gpu_memory_utilization=0.5)
     model = load_model(config, progress=False)
     step_bytes = 1 << 30
     _, total_bytes = torch.cuda.mem_get_info()

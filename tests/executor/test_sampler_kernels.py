@@ -132,9 +132,8 @@ def test_top_p_keeps_the_smallest_nucleus(vocab: int, asks: dict[str, float]) ->
         kept = (x[row] >= got[row]) & (x[row] > -INF)
         assert mass[row, kept].sum() >= asks["top_p"] - 1e-5
         assert mass[row, x[row] > x[row, kept].min()].sum() < asks["top_p"] + 1e-5
-    possible = x > -INF
-    same = ((x >= want) & possible).eq((x >= got) & possible).all(dim=1)
-    assert same.sum() >= len(x) - 1, "only a rounding at the edge may make a difference"
+    differs = (x > -INF) & ((x >= want) != (x >= got))
+    assert (mass * differs).sum(dim=1).max() < 1e-5, "only a rounding at the edge may make a difference"
 
 
 def thresholds(vocab: int, asks: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -93,6 +93,7 @@ class ScriptedScheduler:
         self.answers = True
         self.stats = stats()
         self.seen: list[Message] = []
+        self.identities: set[bytes] = set()
         self._arrived: queue.Queue[Message] = queue.Queue()
         self._directory = EndpointDirectory()
         self._context = zmq.Context()
@@ -136,6 +137,13 @@ class ScriptedScheduler:
         return sum(isinstance(message, kind) for message in self.seen)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._router.close(linger=0)
+            self._commands.close()
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._commands, zmq.POLLIN)
@@ -143,14 +151,13 @@ class ScriptedScheduler:
             events = dict(poller.poll())
             if self._router in events:
                 self._identity, payload = self._router.recv_multipart()
+                self.identities.add(self._identity)
                 self._on_message(decode_frontend(payload))
             if self._commands in events:
                 payload = self._commands.recv()
                 if not payload:
-                    break
-                self._router.send_multipart([self._identity, payload])
-        self._router.close(linger=0)
-        self._commands.close()
+                    return
+                self._send(payload)
 
     def _on_message(self, message: Message) -> None:
         self.seen.append(message)
@@ -166,4 +173,11 @@ class ScriptedScheduler:
                 self._answer(answer)
 
     def _answer(self, message: Message) -> None:
-        self._router.send_multipart([self._identity, encode(message)])
+        self._send(encode(message))
+
+    def _send(self, payload: bytes) -> None:
+        try:
+            self._router.send_multipart([self._identity, payload])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # the peer left after it asked
+                raise

@@ -212,6 +212,18 @@ def test_a_stop_string_ends_the_text_and_aborts(one_frame: bool, include: bool, 
     with_client(script, body)
 
 
+def test_a_choice_that_met_its_stop_string_is_aborted_while_others_run(tokenizer: Tokenizer) -> None:
+    async def body(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        task = asyncio.create_task(client.generate("say it", n=2, stop="fox"))
+        first, second = [(await arrived(scheduler, Admit)).request_id for _ in range(2)]
+        scheduler.send(tokens([(first, token, RUNNING) for token in tokenizer.encode("the fox")]))
+        assert (await arrived(scheduler, Abort)).request_ids == [first]
+        scheduler.send(tokens([(second, tokenizer.encode("x")[0], LENGTH)]))
+        assert [choice.text for choice in (await task).choices] == ["the ", "x"]
+
+    with_client(None, body)
+
+
 def test_a_stop_id_is_named_and_end_of_sequence_is_not(tokenizer: Tokenizer) -> None:
     last = tokenizer.encode("x")[-1]
 

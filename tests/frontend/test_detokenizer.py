@@ -63,15 +63,18 @@ def test_random_ids_with_byte_fallback_do_not_depend_on_the_cut(data: st.DataObj
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@given(before=UNICODE, text=UNICODE, keep=st.integers(0, 3))
-@settings(max_examples=200, **PATIENT)
-def test_a_prompt_that_ends_inside_a_character_leaks_nothing(kind: str, before: str, text: str, keep: int) -> None:
+@given(data=st.data(), before=UNICODE, text=UNICODE, keep=st.integers(0, 3), completes=st.booleans())
+@settings(max_examples=300, **PATIENT)
+def test_a_prompt_that_ends_inside_a_character_leaks_nothing(
+    kind: str, data: st.DataObject, before: str, text: str, keep: int, completes: bool
+) -> None:
     tokenizer = TOKENIZERS[kind]()
-    prompt = tokenizer.encode(before, add_special_tokens=False) + byte_ids(tokenizer, "😀")[:keep]
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    (sent,) = stream(Detokenizer(tokenizer, prompt), [ids])
-    # The space a sentence starts with is there or not, depending on the prompt; nothing else may be.
-    assert sent.removeprefix(" ") == tokenizer.decode(ids).removeprefix(" ")
+    smile = byte_ids(tokenizer, "😀")
+    prompt = tokenizer.encode(before, add_special_tokens=False) + smile[:keep]
+    ids = (smile[keep:] if completes else []) + tokenizer.encode(text, add_special_tokens=False)
+    sent = "".join(stream(Detokenizer(tokenizer, prompt), pieces(data, ids)))
+    # After a prompt the first word keeps its space; nothing else may be added.
+    assert sent in (tokenizer.decode(ids), " " + tokenizer.decode(ids))
 
 
 def byte_ids(tokenizer: Tokenizer, char: str) -> list[int]:
@@ -98,6 +101,14 @@ def test_the_space_of_the_first_word_is_kept_after_a_prompt() -> None:
     the = tokenizer.encode("the", add_special_tokens=False)
     assert "".join(stream(Detokenizer(tokenizer, the), [the])) == " the"
     assert "".join(stream(Detokenizer(tokenizer, ()), [the])) == "the"
+
+
+def test_a_bad_byte_does_not_repeat_or_replace_what_was_sent() -> None:
+    """Byte fallback decodes these four bytes as four U+FFFD; the first three were sent as one character."""
+    tokenizer = sentencepiece_tokenizer()
+    ids = [*byte_ids(tokenizer, "€"), 3 + 0x80, *tokenizer.encode("the", add_special_tokens=False)]
+    assert tokenizer.decode(ids) == "\ufffd" * 4 + " the"
+    assert "".join(stream(Detokenizer(tokenizer, ()), [[token] for token in ids])) == "€\ufffd the"
 
 
 def test_bytes_that_never_become_text_are_not_held_for_ever() -> None:
