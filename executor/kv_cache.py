@@ -50,14 +50,16 @@ def choose_num_blocks(config: EngineConfig, model: _Pages, run_full_step: Callab
     block_bytes = model.kv_bytes_per_block()
     if config.num_blocks is not None:
         if config.num_blocks < _MIN_BLOCKS:
-            raise ConfigError(f"{config.num_blocks} KV blocks; {_MIN_BLOCKS} are needed", param="--num-blocks")
+            raise ConfigError(
+                f"{config.num_blocks} KV blocks; {_MIN_BLOCKS} are needed", param="--num-gpu-blocks-override"
+            )
         return min(config.num_blocks, most)
     if config.kv_cache_bytes is not None:
-        budget_bytes, flag = config.kv_cache_bytes, "--kv-cache-bytes"
+        budget_bytes, flag = config.kv_cache_bytes, "--kv-cache-memory-bytes"
     elif model.device.type == "cuda":
         budget_bytes, flag = _cuda_budget_bytes(config, model, run_full_step), "--gpu-memory-utilization"
     else:
-        budget_bytes, flag = min(_CPU_BYTES, _available_bytes() // _CPU_SHARE), "--kv-cache-bytes"
+        budget_bytes, flag = min(_CPU_BYTES, _available_bytes() // _CPU_SHARE), "--kv-cache-memory-bytes"
     blocks = budget_bytes // block_bytes
     if blocks < _MIN_BLOCKS:
         raise ConfigError(
@@ -88,4 +90,4 @@ def _available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo has no MemAvailable; state the size", param="--kv-cache-bytes")
+    raise ConfigError("/proc/meminfo has no MemAvailable; state the size", param="--kv-cache-memory-bytes")

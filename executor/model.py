@@ -71,7 +71,9 @@ class Model:
             for layer in self.layers:
                 layer.k_cache, layer.v_cache = allocate_pages(layer.spec, num_blocks, self.block_size, self.device)
         except RuntimeError as error:
-            raise ConfigError(f"{num_blocks} KV blocks do not fit: {error}", param="--num-blocks") from error
+            raise ConfigError(
+                f"{num_blocks} KV blocks do not fit: {error}", param="--num-gpu-blocks-override"
+            ) from error
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:

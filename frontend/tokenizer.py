@@ -57,7 +57,7 @@ class Tokenizer:
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
         except Exception as error:  # the Rust library raises plain Exception for a file it cannot read
-            raise ModelError(f"no usable tokenizer in {folder}: {error}", param="--tokenizer") from error
+            raise ModelError(f"no usable tokenizer in {folder}: {error}", param="--model") from error
 
     @property
     def vocab_size(self) -> int:

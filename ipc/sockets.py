@@ -6,6 +6,7 @@ process may bind an ipc path and steal it, so the directory is fresh and 0700; L
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import zmq.asyncio
 
 from ipc.schema import MAX_MESSAGE_BYTES
 
+_PREFIX: Final = "tandem-"
 HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
 
 
@@ -54,13 +56,37 @@ def new_identity() -> bytes:
 class EndpointDirectory:
     """A fresh directory, mode 0700, that holds this engine's ipc sockets; removed on close.
 
-    The paths are short: a unix socket address holds 107 bytes.
+    It is locked for as long as its owner lives, so what a killed owner left is known for it and removed by the next
+    engine. The paths are short: a unix socket address holds 107 bytes.
     """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="tandem-"))
+        _remove_abandoned(Path(tempfile.gettempdir()))
+        made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+        self._lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # It gets the name that others look for only once it is locked.
+        self.path = made.rename(made.with_name(made.name[1:]))
         self.frontend = f"ipc://{self.path}/frontend.sock"
         self.control = f"ipc://{self.path}/control.sock"
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove endpoint directories of this user whose owner is gone."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # of another user, or just removed
+        try:
+            if os.fstat(lock).st_uid == os.getuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            continue  # in use
+        finally:
+            os.close(lock)

@@ -154,14 +154,21 @@ class Loop:
 
     def _send(self, peer: Peer, message: Message) -> bool:
         """False if the frontend's socket is full. A frontend that is gone loses its requests."""
+        sent = self._send_to(peer.identity, message)
+        if sent is None:
+            self._remove(peer, "its connection is gone")
+        return sent is not False
+
+    def _send_to(self, identity: bytes, message: Message) -> bool | None:
+        """True if sent, False if the peer's socket is full, None if there is no such peer."""
         try:
-            self.frontends.send_multipart([peer.identity, encode(message)], zmq.NOBLOCK, copy=False)
+            self.frontends.send_multipart([identity, encode(message)], zmq.NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._remove(peer, "its connection is gone")
+            return None
         return True
 
     def _reply(self, peer: Peer, message: Message) -> None:
@@ -213,8 +220,9 @@ class Loop:
             self._welcome(identity, message)
             return
         peer = self.peers.find(identity)
-        if peer is None:
-            raise ProtocolError(f"{type(message).__name__} before Hello")
+        if peer is None:  # it was away for too long, or we are new: it must introduce itself again
+            self._send_to(identity, Rejected(-1, "unavailable", f"{type(message).__name__} before Hello"))
+            return
         peer.last_heard_ns = now_ns()
         match message:
             case Admit():
@@ -232,8 +240,8 @@ class Loop:
 
     def _welcome(self, identity: bytes, hello: Hello) -> None:
         if hello.version != PROTOCOL_VERSION:
-            refusal = Rejected(-1, "protocol_error", f"protocol version {hello.version}, expected {PROTOCOL_VERSION}")
-            self.frontends.send_multipart([identity, encode(refusal)], zmq.NOBLOCK)
+            text = f"protocol version {hello.version}, expected {PROTOCOL_VERSION}"
+            self._send_to(identity, Rejected(-1, "protocol_error", text))
             return
         peer = self.peers.add(identity, hello.name, now_ns())
         peer.last_heard_ns = now_ns()

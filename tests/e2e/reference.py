@@ -26,6 +26,11 @@ class Case:
     output: tuple[int, ...]
     sampling: dict[str, Any]
 
+    @property
+    def ended(self) -> bool:
+        """The model ended it, rather than max_tokens."""
+        return self.output[-1] in reference_model().generation_config.eos_token_id
+
     def params(self) -> GenerateParams:
         return GenerateParams(max_tokens=self.max_tokens, **self.sampling)
 
@@ -42,8 +47,8 @@ class _Sampling(LogitsProcessor):
 
 
 @functools.cache
-def reference_model() -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+def reference_model() -> Any:
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     return model.eval()
 
 
@@ -94,7 +99,7 @@ def _clear_cases(asked: list[tuple[tuple[int, ...], Row, dict[str, Any]]], count
     cases = []
     for prompt, row, sampling in asked:
         ids = torch.tensor([prompt])
-        out: Any = reference_model().generate(  # type: ignore[operator]
+        out: Any = reference_model().generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,

@@ -20,12 +20,12 @@ SMALL_CACHE_BLOCKS = 130  # 2064 tokens: two long requests do not fit together
 
 @cache
 def greedy() -> list[Case]:
-    return greedy_cases(200, LONGEST_PROMPT, max_tokens=24)
+    return greedy_cases(200, LONGEST_PROMPT, max_tokens=12)
 
 
 @cache
 def sampled() -> list[Case]:
-    return sampled_cases(40, 300, max_tokens=24)
+    return sampled_cases(40, 300, max_tokens=12)
 
 
 async def run_all(endpoint: str, cases: Sequence[Case], concurrency: int) -> tuple[list[Completion], Stats]:
@@ -44,7 +44,7 @@ def check(endpoint: str, cases: Sequence[Case], concurrency: int) -> Stats:
     results, stats = asyncio.run(run_all(endpoint, cases, concurrency))
     for case, result in zip(cases, results, strict=True):
         assert result.token_ids == case.output, f"prompt of {len(case.prompt)} tokens at concurrency {concurrency}"
-        assert result.choices[0].finish_reason == ("length" if len(case.output) == case.max_tokens else "stop")
+        assert result.choices[0].finish_reason == ("stop" if case.ended else "length")
         assert result.prompt_tokens == len(case.prompt)
         assert result.completion_tokens == len(case.output)
     return stats
@@ -68,7 +68,7 @@ def test_every_concurrency(depth: int) -> None:
         assert stats.dropped_messages == 0
         assert (stats.running, stats.waiting, stats.inflight) == (0, 0, 0)
         assert stats.blocks_free == stats.blocks_total
-    assert sum(len(case.output) < case.max_tokens for case in greedy()) > 20, "no natural ends among the prompts"
+    assert sum(case.ended for case in greedy()) >= 10, "no natural ends among the prompts"
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_logprobs_are_those_of_transformers() -> None:
     from tests.e2e.reference import reference_model
 
     cases = greedy()[:20]
-    params = GenerateParams(max_tokens=24, temperature=0.0, logprobs=5)
+    params = GenerateParams(max_tokens=12, temperature=0.0, logprobs=5)
     with running_engine(*flags(2, True, 512)) as engine:
 
         async def run() -> list[Completion]:

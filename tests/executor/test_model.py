@@ -189,8 +189,8 @@ def test_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "numbers", "flag"),
     [
-        ({"num_blocks": 1}, "1 KV blocks; 2", "--num-blocks"),
-        ({"kv_cache_bytes": 1999}, "1,999 .* 2,000", "--kv-cache-bytes"),
+        ({"num_blocks": 1}, "1 KV blocks; 2", "--num-gpu-blocks-override"),
+        ({"kv_cache_bytes": 1999}, "1,999 .* 2,000", "--kv-cache-memory-bytes"),
     ],
 )
 def test_too_small_a_cache_states_both_numbers(changes: dict[str, Any], numbers: str, flag: str) -> None:
@@ -254,4 +254,4 @@ def test_cache_that_cannot_be_allocated(tmp_path: Path) -> None:
     tiny(tmp_path)
     with pytest.raises(ConfigError, match="KV blocks do not fit") as caught:
         cpu_model(tmp_path).allocate_kv(1 << 40)
-    assert caught.value.param == "--num-blocks"
+    assert caught.value.param == "--num-gpu-blocks-override"
