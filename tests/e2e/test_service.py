@@ -1,0 +1,325 @@
+"""The service as its users meet it: the `openai` client, plain HTTP and our own clients, on a real model."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from frontend import AsyncClient, Client
+from frontend.tokenizer import Tokenizer
+from ipc.errors import CancelledError, ContextLengthError, InvalidParameterError, RequestTimeoutError
+from tests.e2e.engine import DEMO_MODEL, Engine, running_engine, wait_until
+
+WAIT_S = 60.0
+PROMPT = "Return the"
+CHAT: Any = [{"role": "user", "content": "What does list do?"}]
+ENDLESS: Any = {"max_tokens": 3000, "temperature": 0.0, "ignore_eos": True}  # tens of seconds, unless ended early
+CONTEXT_TOKENS = 4096
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    flags = ["--device", "cpu", "--dtype", "float32", "--max-num-seqs", "64"]
+    with running_engine(*flags) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def sdk(engine: Engine) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=engine.url, api_key="none", max_retries=0, timeout=WAIT_S) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(engine: Engine) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=engine.root, timeout=WAIT_S) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[Client]:
+    with Client(engine.endpoint, name="test") as client:
+        yield client
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(DEMO_MODEL)
+
+
+def complete(sdk: openai.OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
+    options = {"model": "demo", "max_tokens": 24, "temperature": 0, **fields}
+    return sdk.completions.create(prompt=prompt, **options)
+
+
+def is_idle(client: Client) -> bool:
+    """Nothing runs, waits or holds a block."""
+    stats = client.stats()
+    return (stats.running, stats.waiting, stats.blocks_free) == (0, 0, stats.blocks_total)
+
+
+# --- completions
+
+
+def test_a_completion_is_text_with_exact_usage(sdk: openai.OpenAI) -> None:
+    answer = complete(sdk, extra_body={"return_token_ids": True})
+    choice, usage = answer.choices[0], answer.usage
+    ids = choice.model_extra["token_ids"]
+    assert choice.text.strip()
+    assert choice.text == tokenizer().decode(ids)
+    assert choice.model_extra["prompt_token_ids"] == tokenizer().encode(PROMPT)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokenizer().encode(PROMPT)), len(ids))
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_stream_is_the_whole_answer_in_parts(sdk: openai.OpenAI) -> None:
+    whole = complete(sdk, n=2, seed=3, temperature=0.8)
+    *parts, last = complete(sdk, n=2, seed=3, temperature=0.8, stream=True, stream_options={"include_usage": True})
+    for choice in whole.choices:
+        mine = [part.choices[0] for part in parts if part.choices[0].index == choice.index]
+        assert "".join(part.text for part in mine) == choice.text
+        assert [part.finish_reason for part in mine if part.finish_reason] == [choice.finish_reason]
+    assert len(parts) > 4
+    assert last.choices == []
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (
+        whole.usage.prompt_tokens,
+        whole.usage.completion_tokens,
+    )
+
+
+def test_usage_is_streamed_only_when_asked_for(sdk: openai.OpenAI) -> None:
+    parts = list(complete(sdk, stream=True))
+    assert all(part.usage is None and part.choices for part in parts)
+
+
+def test_choices_differ_and_seeds_repeat(sdk: openai.OpenAI) -> None:
+    def sample(**fields: Any) -> list[str]:
+        return [choice.text for choice in complete(sdk, temperature=1.0, **fields).choices]
+
+    first, second = sample(n=2, seed=11)
+    assert first != second
+    assert sample(n=2, seed=11) == [first, second]
+    assert sample(seed=12) == [second]  # choice i is seeded with seed + i
+    assert sample() != sample()
+
+
+def test_a_stop_string_ends_the_text_before_it(sdk: openai.OpenAI) -> None:
+    text = complete(sdk, extra_body={"ignore_eos": True}).choices[0].text
+    stop = text[9:12]
+    expected = text[: text.index(stop)]
+    for stream in (False, True):
+        answer = complete(sdk, stop=[stop, "never there"], stream=stream, extra_body={"ignore_eos": True})
+        choices = [part.choices[0] for part in answer] if stream else answer.choices
+        assert "".join(choice.text for choice in choices) == expected
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_finish_reasons(sdk: openai.OpenAI) -> None:
+    assert complete(sdk, max_tokens=200).choices[0].finish_reason == "stop"
+    assert complete(sdk, max_tokens=2).choices[0].finish_reason == "length"
+
+
+def test_logprobs_name_every_token(sdk: openai.OpenAI) -> None:
+    choice = complete(sdk, logprobs=3).choices[0]
+    logprobs = choice.logprobs
+    assert "".join(logprobs.tokens).startswith(choice.text)  # the end of sequence has a name, and no text
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert len(top) == 3
+        assert top[token] == max(top.values()) == logprob <= 0
+
+
+def test_lists_of_prompts_and_token_ids(sdk: openai.OpenAI) -> None:
+    texts = ["Return the", "A list", "Open a file"]
+    ids = [tokenizer().encode(text) for text in texts]
+    alone = [complete(sdk, text).choices[0].text for text in texts]
+    together = complete(sdk, texts)
+    assert [choice.text for choice in together.choices] == alone
+    assert together.usage.prompt_tokens == sum(map(len, ids))
+    assert [choice.text for choice in complete(sdk, ids).choices] == alone
+    assert complete(sdk, ids[0]).choices[0].text == alone[0]
+
+
+# --- chat
+
+
+def test_chat_streamed_and_not(sdk: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "messages": CHAT, "max_completion_tokens": 24, "temperature": 0}
+    whole = sdk.chat.completions.create(**fields)
+    prompt_tokens = len(tokenizer().encode(tokenizer().render_chat(CHAT), add_special_tokens=False))
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == prompt_tokens
+    assert whole.choices[0].message.content
+    *parts, last = sdk.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage is not None
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_chat_with_choices_and_logprobs(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
+        model="demo", messages=CHAT, max_tokens=8, n=2, seed=5, temperature=1.0, logprobs=True, top_logprobs=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content
+        for entry in choice.logprobs.content:
+            assert len(entry.top_logprobs) == 2
+            assert bytes(entry.bytes or ()).decode(errors="replace") == entry.token
+
+
+def test_models(sdk: openai.OpenAI) -> None:
+    assert [model.id for model in sdk.models.list()] == ["demo"]
+
+
+# --- many at once
+
+
+def test_32_async_streams_at_once_are_what_each_is_alone(engine: Engine, sdk: openai.OpenAI) -> None:
+    prompts = [f"Return the {word}" for word in ("list", "name", "file", "value")]
+    alone = {(prompt, seed): complete(sdk, prompt, seed=seed, temperature=0.7) for prompt in prompts for seed in (1, 2)}
+
+    async def one(api: openai.AsyncOpenAI, prompt: str, seed: int) -> str:
+        stream = await api.completions.create(
+            model="demo", prompt=prompt, max_tokens=24, temperature=0.7, seed=seed, stream=True
+        )
+        return "".join([part.choices[0].text async for part in stream])
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=engine.url, api_key="none", max_retries=0, timeout=WAIT_S) as api:
+            return await asyncio.gather(*(one(api, *asked) for asked in list(alone) * 4))
+
+    assert asyncio.run(run()) == [answer.choices[0].text for answer in alone.values()] * 4
+
+
+# --- users that leave
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_user_that_disconnects_frees_everything(engine: Engine, client: Client, stream: bool) -> None:
+    host, port = engine.root.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": PROMPT, "n": 3, "stream": stream, **ENDLESS}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    aborted = client.stats().requests_finished["aborted"]
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as raw:
+        raw.sendall(head + body)
+        if stream:
+            assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: client.stats().running == 3, WAIT_S, "three sequences run")
+        assert client.stats().blocks_free < client.stats().blocks_total
+    wait_until(lambda: is_idle(client), WAIT_S, "all slots and blocks are free")
+    assert client.stats().requests_finished["aborted"] == aborted + 3
+
+
+# --- health and metrics
+
+
+def test_health_and_ready(http: httpx.Client) -> None:
+    for path in ("/health", "/ready"):
+        assert http.get(path).status_code == 200
+
+
+def test_metrics_have_the_names_dashboards_read(http: httpx.Client, client: Client) -> None:
+    http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 4, "stream": True}).raise_for_status()
+    text = http.get("/metrics").text
+    values = {line.split("{")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "inflight_steps",
+        "num_preemptions_total",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "request_success_total",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+        "steps_total",
+        "hidden_steps_total",
+        "device_busy_seconds_total",
+        "device_bubble_seconds_total",
+        "time_to_first_token_seconds_count",
+        "inter_token_latency_seconds_sum",
+        "e2e_request_latency_seconds_count",
+    ):
+        assert f"engine:{name}" in values, name
+    assert values["engine:generation_tokens_total"] == client.stats().generation_tokens > 0
+    assert values["engine:time_to_first_token_seconds_count"] > 0
+    assert values["engine:dropped_messages_total"] == 0
+
+
+# --- our own clients, over ZMQ
+
+
+def test_the_blocking_client(client: Client, sdk: openai.OpenAI) -> None:
+    over_http = complete(sdk).choices[0].text
+    answer = client.generate(PROMPT, max_tokens=24, temperature=0.0)
+    assert answer.text == over_http
+    assert answer.prompt_token_ids == tuple(tokenizer().encode(PROMPT))
+    assert client.generate(list(answer.prompt_token_ids), max_tokens=24, temperature=0.0).text == over_http
+    chunks = list(client.stream(PROMPT, max_tokens=24, temperature=0.0))
+    assert "".join(chunk.text for chunk in chunks) == over_http
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == [answer.choices[0].finish_reason]
+    chat = client.chat(CHAT, max_tokens=8, temperature=0.0)
+    assert "".join(chunk.text for chunk in client.chat_stream(CHAT, max_tokens=8, temperature=0.0)) == chat.text
+
+
+def test_leaving_a_stream_early_aborts_it(client: Client) -> None:
+    for chunk in client.stream(PROMPT, **ENDLESS):
+        if chunk.token_ids:
+            break
+    wait_until(lambda: is_idle(client), WAIT_S, "the abandoned stream is gone")
+
+
+def test_a_timeout_is_a_typed_error_and_frees_the_request(client: Client) -> None:
+    with pytest.raises(RequestTimeoutError):
+        client.generate(PROMPT, timeout_s=0.2, **ENDLESS)
+    with pytest.raises(RequestTimeoutError):
+        list(client.stream(PROMPT, timeout_s=0.2, **ENDLESS))
+    wait_until(lambda: is_idle(client), WAIT_S, "both requests are gone")
+
+
+def test_faults_of_the_caller_are_typed_errors(client: Client) -> None:
+    with pytest.raises(InvalidParameterError) as bad:
+        client.generate(PROMPT, temperature=float("nan"))
+    assert bad.value.param == "temperature"
+    with pytest.raises(ContextLengthError, match=f"{CONTEXT_TOKENS} tokens; you requested {CONTEXT_TOKENS + 8}"):
+        client.generate([5] * CONTEXT_TOKENS, max_tokens=8)
+
+
+def test_the_async_client_cancels_and_closes(engine: Engine, client: Client) -> None:
+    async def run() -> None:
+        async with AsyncClient(engine.endpoint, name="canceller") as one:
+
+            async def running(count: int) -> None:
+                while (await one.stats()).running != count:
+                    await asyncio.sleep(0.01)
+
+            cancelled = asyncio.ensure_future(one.generate(PROMPT, **ENDLESS))
+            async with aclosing(one.stream(PROMPT, **ENDLESS)) as chunks:
+                await anext(chunks)
+                await running(2)
+            await running(1)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            await running(0)
+            left_open = asyncio.ensure_future(one.generate(PROMPT, **ENDLESS))
+            await running(1)
+        with pytest.raises(CancelledError):
+            await left_open
+
+    asyncio.run(asyncio.wait_for(run(), WAIT_S))
+    wait_until(lambda: is_idle(client), WAIT_S, "nothing of the client is left")
+    assert client.stats().frontends == 2  # the HTTP server and `client`

@@ -1,0 +1,303 @@
+"""The loop with real sockets and rings, turned by hand: peers that misbehave, lag, die, or are not who they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from ipc.config import RING_SLOTS, SchedulerChannels
+from ipc.doorbell import Doorbell
+from ipc.frames import read_plan, write_result_header
+from ipc.ring import RingReader, RingWriter, create_ring
+from ipc.schema import (
+    PROTOCOL_VERSION,
+    Abort,
+    Admit,
+    Drain,
+    Drained,
+    ExecutorHello,
+    ExecutorLost,
+    ExecutorStuck,
+    FinishReason,
+    GetStats,
+    Goodbye,
+    Hello,
+    Message,
+    Rejected,
+    SamplingParams,
+    SchedulerReady,
+    Stats,
+    Tokens,
+    Welcome,
+    decode_launcher,
+    decode_scheduler,
+    encode,
+    pack_tokens,
+)
+from ipc.sockets import connect_dealer, new_identity
+from scheduler import loop as loop_module
+from scheduler.loop import Loop
+from tests.scheduler.pipeline import tiny_config
+
+LIMIT_MS = 20_000
+
+
+class Peer:
+    """One end of a real DEALER; `turn` lets the loop work until something arrives."""
+
+    def __init__(self, bench: Bench, endpoint: str, decode: Any, identity: bytes | None = None) -> None:
+        self.bench, self.decode = bench, decode
+        self.inbox: list[Any] = []
+        self.socket = connect_dealer(bench.context, endpoint, identity or new_identity())
+
+    def send(self, *messages: Message | bytes) -> None:
+        for message in messages:
+            self.socket.send(message if isinstance(message, bytes) else encode(message))
+
+    def receive(self, kind: type[Any]) -> Any:
+        """The next message of this type; those of other types stay for later."""
+        for _ in range(LIMIT_MS):
+            for i, message in enumerate(self.inbox):
+                if isinstance(message, kind):
+                    return self.inbox.pop(i)
+            self.bench.turn()
+            if self.socket.poll(1):
+                self.inbox.append(self.decode(self.socket.recv()))
+        raise AssertionError(f"no {kind.__name__} arrived, but {self.inbox}")
+
+    def stats(self) -> Stats:
+        """What the scheduler counts once it has planned for everything sent before."""
+        for _ in range(2):
+            self.send(GetStats())
+            stats: Stats = self.receive(Stats)
+        return stats
+
+
+class Bench:
+    """A Loop, and in place of the executor one that answers each plan with token 5."""
+
+    def __init__(self, folder: Path, **changes: object) -> None:
+        self.config = tiny_config(**changes)
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self.plan_ring = plan_ring = create_ring(RING_SLOTS, self.config.limits.plan_bytes)
+        result_ring = create_ring(RING_SLOTS, self.config.result_layout.nbytes)
+        self.frontend, self.control = (f"ipc://{folder}/{name}" for name in ("frontend", "control"))
+        channels = SchedulerChannels(
+            plan_ring=plan_ring,
+            plan_bells=(Doorbell.create().fd,),
+            result_ring=result_ring,
+            result_bell=Doorbell.create().fd,
+            frontend=self.frontend,
+            control=self.control,
+            parent_pipe=-1,
+        )
+        self.loop = Loop(self.config, channels)
+        self.plans, self.results = RingReader(plan_ring), RingWriter(result_ring)
+        self.answering = True
+        self.launcher = Peer(self, self.control, decode_launcher)
+        self.launcher.send(Hello(PROTOCOL_VERSION, "launcher", "launcher", 1))
+
+    def attach(self, epoch: int = 1) -> None:
+        self.epoch = epoch
+        self.launcher.send(ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17))
+        assert self.launcher.receive(SchedulerReady).epoch == epoch
+
+    def frontend_peer(self) -> Peer:
+        peer = Peer(self, self.frontend, decode_scheduler)
+        peer.send(Hello(PROTOCOL_VERSION, "frontend", "test", 3))
+        assert peer.receive(Welcome).ready
+        return peer
+
+    def turn(self) -> None:
+        """One round of the loop, with the executor's answers in between."""
+        loop = self.loop
+        loop.take_results()
+        loop.plan_ahead()
+        loop.deliver()
+        loop.take_messages()
+        loop.plan_ahead()
+        loop.keep_house()
+        while self.answering and (payload := self.plans.poll()) is not None:
+            plan = read_plan(payload)
+            self.plans.advance()
+            seq = self.results.head + 1
+            result = self.results.begin(seq)
+            layout = self.config.result_layout
+            result[layout.token : layout.token + 4 * plan.num_rows].view("i4")[:] = 5
+            write_result_header(result, seq=plan.seq, epoch=self.epoch, num_rows=plan.num_rows, has_logprobs=False)
+            self.plans.ack(plan.seq)
+            self.results.publish(seq)
+
+    def close(self) -> None:
+        self.loop.frontends.close()
+        self.loop.control.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    made.attach()
+    yield made
+    made.close()
+
+
+def admit(request_id: int, max_tokens: int = 3) -> Admit:
+    return Admit(request_id, pack_tokens([1, 2]), SamplingParams(max_tokens=max_tokens, temperature=0.0))
+
+
+def rows(frames: list[Tokens]) -> list[tuple[int, int, int]]:
+    import numpy as np
+
+    def column(name: str, dtype: str) -> list[int]:
+        return [int(x) for f in frames for x in np.frombuffer(getattr(f, name), dtype)]
+
+    return list(zip(column("request_id", "i8"), column("token", "i4"), column("finish", "u1"), strict=True))
+
+
+def receive_rows(peer: Peer, count: int) -> list[tuple[int, int, int]]:
+    frames: list[Tokens] = []
+    while len(rows(frames)) < count:
+        frames.append(peer.receive(Tokens))
+    return rows(frames)
+
+
+def test_tokens_reach_the_one_who_asked(bench: Bench) -> None:
+    one, two = bench.frontend_peer(), bench.frontend_peer()
+    one.send(admit(7))
+    two.send(admit(7, max_tokens=2))
+    assert receive_rows(one, 3) == [(7, 5, FinishReason.RUNNING)] * 2 + [(7, 5, FinishReason.LENGTH)]
+    assert receive_rows(two, 2) == [(7, 5, FinishReason.RUNNING), (7, 5, FinishReason.LENGTH)]
+
+
+def test_no_one_aborts_another_ones_request(bench: Bench) -> None:
+    bench.answering = False
+    victim, other = bench.frontend_peer(), bench.frontend_peer()
+    victim.send(admit(7))
+    other.send(Abort([7]))
+    assert (victim.stats().running, other.stats().running) == (1, 1)
+    bench.answering = True
+    assert receive_rows(victim, 3)[-1] == (7, 5, FinishReason.LENGTH)
+
+
+def test_an_abort_is_answered_once_and_frees_everything(bench: Bench) -> None:
+    bench.answering = False
+    peer = bench.frontend_peer()
+    peer.send(admit(7), Abort([7]), Abort([7, 8]))
+    assert receive_rows(peer, 1) == [(7, -1, FinishReason.ABORTED)]
+    stats = peer.stats()
+    assert (stats.running, stats.waiting, stats.blocks_free) == (0, 0, stats.blocks_total)
+    assert stats.requests_finished["aborted"] == 1
+
+
+def test_garbage_is_counted_and_the_next_request_is_served(bench: Bench) -> None:
+    peer = bench.frontend_peer()
+    peer.send(b"", b"\x80\x04\x95pickle", b"\xc1" * 10_000, encode(Drained()))
+    peer.socket.send_multipart([b"two", b"parts"])
+    peer.send(admit(1))
+    assert receive_rows(peer, 3)[-1][2] == FinishReason.LENGTH
+    assert peer.stats().dropped_messages == 5
+
+
+def test_a_request_at_fault_is_refused_with_its_reason(bench: Bench) -> None:
+    peer = bench.frontend_peer()
+    peer.send(admit(1, max_tokens=100))
+    refused = peer.receive(Rejected)
+    assert (refused.request_id, refused.code, refused.param) == (1, "context_length_exceeded", "max_tokens")
+    assert "64 tokens; you requested 102" in refused.message
+
+
+def test_another_version_and_a_stranger_are_told_so(bench: Bench) -> None:
+    old = Peer(bench, bench.frontend, decode_scheduler)
+    old.send(Hello(PROTOCOL_VERSION + 1, "frontend", "old", 1))
+    refused = old.receive(Rejected)
+    assert (refused.request_id, refused.code) == (-1, "protocol_error")
+    old.send(admit(1))
+    assert old.receive(Rejected).code == "unavailable"
+
+
+def test_a_frontend_that_leaves_or_falls_silent_takes_its_requests_along(bench: Bench) -> None:
+    bench.answering = False
+    leaving, silent, staying = (bench.frontend_peer() for _ in range(3))
+    for peer in (leaving, silent, staying):
+        peer.send(admit(1))
+    assert staying.stats().running == 3
+    leaving.send(Goodbye())
+    bench.loop.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
+    bench.loop.next_check_ns = 0
+    stats = staying.stats()
+    assert (stats.running, stats.frontends) == (1, 1)
+    bench.answering = True
+    assert receive_rows(staying, 3)[-1][2] == FinishReason.LENGTH
+
+
+def test_a_slow_consumer_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "MAX_BACKLOG_ROWS", 20)
+    slow, quick = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop, "_send_to", _full_for(bench, slow.socket.getsockopt(zmq.IDENTITY)))
+    slow.send(admit(1, max_tokens=40))
+    quick.send(admit(1, max_tokens=40))
+    assert receive_rows(quick, 40)[-1][2] == FinishReason.LENGTH
+    assert quick.stats().requests_finished["slow_consumer"] == 1
+    monkeypatch.undo()
+    assert receive_rows(slow, 1) == [(1, -1, FinishReason.SLOW_CONSUMER)]
+
+
+def _full_for(bench: Bench, identity: bytes) -> Any:
+    send = bench.loop._send_to
+    return lambda to, message: False if to == identity and isinstance(message, Tokens) else send(to, message)
+
+
+def test_a_lagging_frontend_gets_its_rows_in_one_frame(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    lagging, other = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop, "_send_to", _full_for(bench, lagging.socket.getsockopt(zmq.IDENTITY)))
+    lagging.send(admit(1, max_tokens=10))
+    other.send(admit(1, max_tokens=30))
+    receive_rows(other, 30)
+    monkeypatch.undo()
+    frame = lagging.receive(Tokens)
+    assert rows([frame]) == [(1, 5, FinishReason.RUNNING)] * 9 + [(1, 5, FinishReason.LENGTH)]
+    assert len(frame.started_id) == 8
+
+
+def test_requests_outlive_an_executor(bench: Bench) -> None:
+    peer = bench.frontend_peer()
+    bench.answering = False
+    peer.send(admit(1, max_tokens=4))
+    assert peer.stats().inflight == 2
+    bench.launcher.send(ExecutorLost(1))
+    stats = peer.stats()
+    assert (stats.inflight, stats.running, stats.waiting) == (0, 0, 1)
+    bench.plans = RingReader(bench.plan_ring)
+    bench.answering = True
+    bench.attach(epoch=2)
+    assert peer.receive(Welcome).epoch == 2
+    assert receive_rows(peer, 4)[-1] == (1, 5, FinishReason.LENGTH)
+
+
+def test_a_stuck_executor_is_reported(bench: Bench) -> None:
+    bench.answering = False
+    peer = bench.frontend_peer()
+    peer.send(admit(1))
+    assert peer.stats().inflight > 0
+    bench.loop.last_result_ns -= 61 * 10**9
+    bench.loop.next_check_ns = 0
+    stuck = bench.launcher.receive(ExecutorStuck)
+    assert stuck.epoch == 1
+    assert stuck.age_s > 60
+
+
+def test_draining_finishes_what_is_open(bench: Bench) -> None:
+    bench.answering = False
+    peer = bench.frontend_peer()
+    peer.send(admit(1))
+    assert peer.stats().running == 1
+    bench.launcher.send(Drain())
+    bench.answering = True
+    assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
+    bench.launcher.receive(Drained)
+    peer.send(admit(2))
+    assert peer.receive(Rejected).code == "unavailable"
