@@ -29,7 +29,8 @@ class Case:
     @property
     def ended(self) -> bool:
         """The model ended it, rather than max_tokens."""
-        return self.output[-1] in reference_model().generation_config.eos_token_id
+        ends: list[int] = reference_model().generation_config.eos_token_id
+        return self.output[-1] in ends and "ignore_eos" not in self.sampling
 
     def params(self) -> GenerateParams:
         return GenerateParams(max_tokens=self.max_tokens, **self.sampling)
@@ -83,6 +84,13 @@ def greedy_cases(count: int, longest: int, max_tokens: int) -> list[Case]:
     return _clear_cases(asked, count, max_tokens)
 
 
+def long_cases(count: int, max_tokens: int) -> list[Case]:
+    """Short prompts that go on past every end of sequence: what fills a KV cache while it runs."""
+    sampling = {"temperature": 0.0, "ignore_eos": True}
+    asked = [(prompt, Row(slot=0), sampling) for prompt in prompts(2 * count, 40, seed=2)]
+    return _clear_cases(asked, count, max_tokens)
+
+
 def sampled_cases(count: int, longest: int, max_tokens: int) -> list[Case]:
     """At least `count` seeded cases, of several temperatures and filters."""
     rng, asked = np.random.default_rng(1), []
@@ -98,11 +106,14 @@ def sampled_cases(count: int, longest: int, max_tokens: int) -> list[Case]:
 def _clear_cases(asked: list[tuple[tuple[int, ...], Row, dict[str, Any]]], count: int, max_tokens: int) -> list[Case]:
     cases = []
     for prompt, row, sampling in asked:
+        if len(cases) == count:
+            break
         ids = torch.tensor([prompt])
         out: Any = reference_model().generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
+            eos_token_id=None if sampling.get("ignore_eos") else reference_model().generation_config.eos_token_id,
             do_sample=False,
             logits_processor=LogitsProcessorList([_Sampling(row)] if row.temperature else []),
             output_scores=True,
@@ -112,4 +123,4 @@ def _clear_cases(asked: list[tuple[tuple[int, ...], Row, dict[str, Any]]], count
         if float((top[:, 0] - top[:, 1]).min()) > MIN_MARGIN:
             cases.append(Case(prompt, max_tokens, tuple(out.sequences[0, len(prompt) :].tolist()), sampling))
     assert len(cases) >= count, f"only {len(cases)} of {len(asked)} prompts have clear margins"
-    return cases[:count]
+    return cases

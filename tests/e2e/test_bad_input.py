@@ -155,7 +155,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 5}, "logprobs"),
     ({"logprobs": True, "top_logprobs": 10**9}, "top_logprobs"),
     ({"n": 10**9}, "n"),
-    ({"messages": [{"role": "user", "content": "long " * 5000}]}, "prompt"),
+    ({"messages": [{"role": "user", "content": "long " * 5000}]}, "messages"),
+    ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
 ]
 
 

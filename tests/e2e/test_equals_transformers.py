@@ -12,10 +12,10 @@ from frontend import AsyncClient
 from frontend.request import Completion, GenerateParams
 from ipc.schema import Stats
 from tests.e2e.engine import running_engine
-from tests.e2e.reference import Case, greedy_cases, sampled_cases
+from tests.e2e.reference import Case, greedy_cases, long_cases, sampled_cases
 
 LONGEST_PROMPT = 1500
-SMALL_CACHE_BLOCKS = 130  # 2064 tokens: two long requests do not fit together
+SMALL_CACHE_BLOCKS = 130  # 2064 tokens: one long prompt fits, or half of the long outputs
 
 
 @cache
@@ -26,6 +26,11 @@ def greedy() -> list[Case]:
 @cache
 def sampled() -> list[Case]:
     return sampled_cases(40, 300, max_tokens=12)
+
+
+@cache
+def long() -> list[Case]:
+    return long_cases(24, max_tokens=120)
 
 
 async def run_all(endpoint: str, cases: Sequence[Case], concurrency: int) -> tuple[list[Completion], Stats]:
@@ -80,7 +85,7 @@ def test_a_small_cache_preempts_and_changes_nothing(depth: int, caching: bool, c
     with running_engine(*flags(depth, caching, chunk), *few) as engine:
         check(engine.endpoint, [*greedy()[:4], *sampled()[:4]], 1)
         check(engine.endpoint, [*greedy()[4:24], *sampled()[4:12]], 8)
-        stats = check(engine.endpoint, [*greedy(), *sampled()], 64)
+        stats = check(engine.endpoint, [*long(), *greedy()[24:84], *sampled()[12:]], 64)
         assert stats.preemptions > 0
         assert (stats.prefix_hit_tokens > 0) == caching
         assert stats.blocks_free == stats.blocks_total
