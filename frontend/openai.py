@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -202,13 +203,21 @@ def chat_params(request: ChatRequest) -> GenerateParams:
     if request.max_completion_tokens is not None:
         values["max_tokens"] = request.max_completion_tokens
     values["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
-    try:
+    with chat_names(request):
         return GenerateParams(**values)
-    except InvalidParameterError as error:
-        names = {"logprobs": "top_logprobs"}
+
+
+@contextmanager
+def chat_names(request: ChatRequest) -> Iterator[None]:
+    """Errors raised inside leave with the names that fields have in this chat request, not those in GenerateParams."""
+    try:
+        yield
+    except RequestError as error:
+        names = {"logprobs": "top_logprobs", "prompt": "messages"}
         if request.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
-        raise InvalidParameterError(error.message, param=names.get(error.param or "", error.param)) from error
+        error.param = names.get(error.param or "", error.param)
+        raise
 
 
 def error_body(message: str, status: int, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:

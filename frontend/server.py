@@ -30,6 +30,7 @@ from frontend.openai import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    chat_names,
     chat_params,
     completion_params,
     decode_body,
@@ -174,7 +175,8 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
         prompt=ids,
         token_bytes=lambda token, text: tokenizer.token_bytes(token) if tokenizer.byte_level else text.encode(),
     )
-    return await _answer(request, Job([ids], params, shape), stream=bool(asked.stream))
+    with chat_names(asked):
+        return await _answer(request, Job([ids], params, shape), stream=bool(asked.stream))
 
 
 @post("/tokenize")

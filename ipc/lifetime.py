@@ -64,5 +64,6 @@ def check_one_place(*packages: ModuleType) -> None:
 def fail(role: str, error: BaseException) -> int:
     """Report a fault of the user as one line naming the flag; returns the exit code 2."""
     flag = getattr(error, "param", None)
-    print(f"{role}: error: {flag + ': ' if flag else ''}{error}", file=sys.stderr, flush=True)
+    reason = " ".join(str(error).split())  # those of libraries have several lines
+    print(f"{role}: error: {flag + ': ' if flag else ''}{reason}", file=sys.stderr, flush=True)
     return 2

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Final
 
 import zmq
-import zmq.asyncio
 
+from ipc.errors import ConfigError
 from ipc.schema import MAX_MESSAGE_BYTES
 
 _PREFIX: Final = "tandem-"
+_ADDRESS_BYTES: Final = 107  # of a unix socket
 HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
 
 
@@ -57,11 +58,18 @@ class EndpointDirectory:
     """A fresh directory, mode 0700, that holds this engine's ipc sockets; removed on close.
 
     It is locked for as long as its owner lives, so what a killed owner left is known for it and removed by the next
-    engine. The paths are short: a unix socket address holds 107 bytes.
+    engine. Raises ConfigError if the folder for temporary files has too long a path for a unix socket's address.
     """
 
     def __init__(self) -> None:
-        _remove_abandoned(Path(tempfile.gettempdir()))
+        folder = Path(tempfile.gettempdir())
+        needed = len(os.fsencode(folder / f"{_PREFIX}12345678" / "frontend.sock"))
+        if needed > _ADDRESS_BYTES:
+            raise ConfigError(
+                f"sockets in {folder} have paths of {needed} bytes, a unix socket's address holds {_ADDRESS_BYTES}",
+                param="TMPDIR",
+            )
+        _remove_abandoned(folder)
         made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
         self._lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)

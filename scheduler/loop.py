@@ -191,7 +191,8 @@ class Loop:
             self.state.finish(request)
         self.state.counters.requests_finished["aborted"] += len(requests)
         self.peers.remove(peer)
-        log.info("frontend %s left: %s; %d of its requests aborted", peer.name, reason, len(requests))
+        level = logging.INFO if requests else logging.DEBUG
+        log.log(level, "frontend %s left: %s; %d of its requests aborted", peer.name, reason, len(requests))
 
     # -- messages
 
