@@ -36,7 +36,7 @@ _READ_BYTES: Final = 64 << 10
 class Plumbing:
     """What outlives a child: endpoints, rings, bells, the death pipe, the HTTP socket. Closing it leaves nothing."""
 
-    def __init__(self, config: EngineConfig, listener: socket.socket) -> None:
+    def __init__(self, config: EngineConfig, listener: socket.socket | None) -> None:
         self.listener = listener
         self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes)
         self.result_ring = create_ring(RING_SLOTS, config.result_layout.nbytes)
@@ -73,6 +73,7 @@ class Plumbing:
 
     def frontend(self) -> tuple[FrontendChannels, list[int]]:
         """A serving frontend's channels, and the fds among them."""
+        assert self.listener is not None, "an engine without an HTTP socket has no frontends"
         channels = FrontendChannels(
             scheduler=self.endpoints.frontend,
             listen_fd=self.listener.fileno(),

@@ -116,14 +116,15 @@ def prepare(options: flags.Options) -> EngineConfig:
 def serve(options: flags.Options) -> int:
     """Run an engine until it is told to stop; returns the exit code. Raises ConfigError before anything starts."""
     started_s = now_s()
-    listener = bind_http(options.host, options.port, options.uds)
+    listener = bind_http(options.host, options.port, options.uds) if options.frontends else None
     try:
         config = prepare(options)
         plumbing = _make_plumbing(config, listener)
 
         def announce() -> None:
             took_s = now_s() - started_s
-            where = f"{url_of(listener)} and {plumbing.endpoints.frontend}"
+            http = "" if listener is None else f"{url_of(listener)} and "
+            where = http + plumbing.endpoints.frontend
             print(f"Serving {config.card.name} on {where} (ready in {took_s:.1f} s)", flush=True)
 
         try:
@@ -138,12 +139,13 @@ def serve(options: flags.Options) -> int:
         finally:
             plumbing.close()
     finally:
-        listener.close()
-        if options.uds is not None:
-            Path(options.uds).unlink(missing_ok=True)
+        if listener is not None:
+            listener.close()
+            if options.uds is not None:
+                Path(options.uds).unlink(missing_ok=True)
 
 
-def _make_plumbing(config: EngineConfig, listener: socket.socket) -> Plumbing:
+def _make_plumbing(config: EngineConfig, listener: socket.socket | None) -> Plumbing:
     try:
         return Plumbing(config, listener)
     except OSError as error:

@@ -67,7 +67,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True):
 
     name: str  # as served
     path: str  # folder with the tokenizer
-    max_model_len: int
+    max_model_len: int  # in a Welcome: what also fits the KV cache
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_logprobs: int

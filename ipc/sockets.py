@@ -18,7 +18,8 @@ import zmq
 from ipc.errors import ConfigError
 from ipc.schema import MAX_MESSAGE_BYTES
 
-_PREFIX: Final = "tandem-"
+_PREFIX: Final = "tandem-ipc-"
+_SOCKETS: Final = ("frontend.sock", "control.sock")
 _ADDRESS_BYTES: Final = 107  # of a unix socket
 HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
 
@@ -63,7 +64,7 @@ class EndpointDirectory:
 
     def __init__(self) -> None:
         folder = Path(tempfile.gettempdir())
-        needed = len(os.fsencode(folder / f"{_PREFIX}12345678" / "frontend.sock"))
+        needed = len(os.fsencode(folder / f"{_PREFIX}12345678" / _SOCKETS[0]))
         if needed > _ADDRESS_BYTES:
             raise ConfigError(
                 f"sockets in {folder} have paths of {needed} bytes, a unix socket's address holds {_ADDRESS_BYTES}",
@@ -75,8 +76,7 @@ class EndpointDirectory:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         # It gets the name that others look for only once it is locked.
         self.path = made.rename(made.with_name(made.name[1:]))
-        self.frontend = f"ipc://{self.path}/frontend.sock"
-        self.control = f"ipc://{self.path}/control.sock"
+        self.frontend, self.control = (f"ipc://{self.path}/{name}" for name in _SOCKETS)
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -84,16 +84,18 @@ class EndpointDirectory:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove endpoint directories of this user whose owner is gone."""
+    """Remove endpoint directories of this user whose owner is gone; whatever else bears such a name keeps its files."""
     for path in folder.glob(f"{_PREFIX}*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             continue  # of another user, or just removed
         try:
-            if os.fstat(lock).st_uid == os.getuid():
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_uid == os.getuid() and set(os.listdir(lock)) <= set(_SOCKETS):
+                for name in os.listdir(lock):
+                    os.unlink(name, dir_fd=lock)
+                path.rmdir()
         except BlockingIOError:
             continue  # in use
         finally:

@@ -10,6 +10,7 @@ import logging
 import signal
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -78,6 +79,7 @@ class Loop:
         self.last_result_ns = 0
         self.next_check_ns = 0
         self.owes_drained = False
+        self.stuck_epoch = -1  # the last one reported
         self.poller = zmq.Poller()
         for waitable in (self.result_bell.fd, self.stop_bell.fd, self.frontends, self.control):
             self.poller.register(waitable, zmq.POLLIN)
@@ -251,11 +253,11 @@ class Loop:
             self._reply(peer, Draining())
 
     def _welcome_message(self) -> Welcome:
-        state, card = self.state, self.config.card
+        state = self.state
         return Welcome(
             version=PROTOCOL_VERSION,
             ready=state.attached,
-            card=card,
+            card=msgspec.structs.replace(self.config.card, max_model_len=state.max_seq_len),
             epoch=state.epoch,
             num_blocks=state.pool.num_blocks,
             block_size=self.config.block_size,
@@ -339,7 +341,8 @@ class Loop:
             if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
                 self._remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
         age_s = self._step_age_ns() * 1e-9
-        if age_s > self.config.watchdog_timeout_s:
+        if age_s > self.config.watchdog_timeout_s and self.stuck_epoch != state.epoch:
+            self.stuck_epoch = state.epoch
             self._tell_launcher(ExecutorStuck(state.epoch, age_s))
 
     def _step_age_ns(self) -> int:

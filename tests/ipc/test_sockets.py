@@ -43,10 +43,14 @@ def test_what_a_killed_owner_left_is_removed_and_nothing_else(tmp_path: Path) ->
         left = Path(owner.stdout.readline().strip())
         (left / "frontend.sock").touch()
         neighbour = EndpointDirectory()
+        unrelated = tmp_path / "tandem-ipc-notes"
+        unrelated.mkdir()
+        (unrelated / "notes.txt").touch()
         assert left.exists(), "a living owner's directory was removed"
         owner.send_signal(signal.SIGKILL)
     mine = EndpointDirectory()
     assert not left.exists()
     assert neighbour.path.exists()
+    assert (unrelated / "notes.txt").exists(), "a file of the user was removed"
     neighbour.close()
     mine.close()
