@@ -7,6 +7,8 @@ must never wait for the device. Weights come from safetensors only.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from executor import probe
+from executor import compilation, fusion, probe
 from executor.attention import LayerSpec, PagedLayer, choose_backend
 from executor.inputs import StepInputs
 from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
@@ -28,6 +30,8 @@ _CONFIGS: Final[Any] = transformers.AutoConfig
 _MODELS: Final[Any] = transformers.AutoModelForCausalLM
 _LOGGING: Final[Any] = transformers.utils.logging
 
+_FEW_TOKENS: Final = 4
+_REASON_LETTERS: Final = 400  # of a compiler's complaint, which may go on for pages
 _CHECK_TOKENS: Final = 17  # more than a block of the usual size
 # Of |paged - own| / |own|: a misplaced page is near 1, rounding grows with the depth of the model.
 _CHECK_LIMIT: Final = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -44,6 +48,7 @@ class Model:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         self.block_size = config.block_size
+        self.max_model_len = config.card.max_model_len
         self._module = module
         specs = [spec for _, spec in layers]
         self._backend = choose_backend(
@@ -52,6 +57,9 @@ class Model:
         self.layers = [PagedLayer(spec, *allocate_pages(spec, 0, config.block_size, self.device)) for spec in specs]
         for (attention, _), layer in zip(layers, self.layers, strict=True):
             setattr(attention, probe.LAYER, probe.PagedAttention(self._backend, layer))
+        self.attentions = [attention for attention, _ in layers]
+        self.implementation = probe.SERVE  # what the module attends by, in transformers' terms
+        self.notes: list[str] = []  # what was done to make it fast, or why not
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
 
     @property
@@ -108,15 +116,35 @@ def load_model(config: EngineConfig, progress: bool) -> Model:
     try:
         probe.fix_rope(module, getattr(text_config, "rope_parameters", None) or {}, max_model_len)
         with torch.inference_mode():
+            fused, unfused_reason = fusion.fuse_linears(module, partial(_own_logits, module), _limit(module.dtype))
             layers, vocab_size = probe.learn_layers(module, text_config.num_hidden_layers, max_model_len)
         model = Model(module, layers, vocab_size, config)
-        check_paging(model, min(_CHECK_TOKENS, max_model_len))
+        model.notes.append(f"{fused} groups of linear layers fused" if fused else f"not fused: {unfused_reason}")
+        check_paging(model)
     except ConfigError:
         raise
     except Exception as error:
         reason = f"{type(module).__name__} cannot be served: {type(error).__name__}: {error}"
         raise ModelError(reason, param="--model") from error
     return model
+
+
+def compile_model(model: Model, backend: str = "inductor") -> None:
+    """Compile the layers of a loaded model, for one token and for several, and check it again.
+
+    Takes seconds to minutes. A model that cannot be compiled, or computes something else then, is left as it was.
+    """
+    try:
+        compilation.compile_layers(model._module, model.attentions, backend)
+        model.implementation = compilation.COMPILED
+        check_paging(model)
+        model.notes.append("layers compiled")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        compilation.restore(model._module, model.attentions)
+        model.implementation = probe.SERVE
+        model.notes.append(f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[:_REASON_LETTERS]}")
 
 
 def _load(config: EngineConfig, device: torch.device) -> Any:
@@ -163,19 +191,32 @@ def _initialize(config: EngineConfig, device: torch.device) -> Any:
         raise ModelError(f"cannot build {folder}: {type(error).__name__}: {error}", param="--model") from error
 
 
+def _own_logits(module: Any) -> torch.Tensor:
+    """float32 logits [tokens, vocab] of a few tokens through the model's own attention."""
+    probe.set_implementation(module, "eager")
+    tokens = torch.arange(_FEW_TOKENS, device=module.device)[None]
+    logits: torch.Tensor = module(input_ids=tokens, use_cache=False).logits[0].float()
+    return logits
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return _CHECK_LIMIT.get(dtype, 2e-1)
+
+
 @torch.inference_mode()
-def check_paging(model: Model, num_tokens: int) -> None:
+def check_paging(model: Model) -> None:
     """Run a random prompt through the pages, in two chunks and a decode row, and in one go through eager attention.
 
     Raises ModelError if the last logits differ by more than the rounding of the model's dtype explains.
     """
     module = model._module
+    num_tokens = min(_CHECK_TOKENS, model.max_model_len)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (num_tokens,), generator=random).to(model.device)
     pages = -(-num_tokens // model.block_size)
     table = torch.arange(pages, 0, -1, dtype=torch.int32, device=model.device)[None]  # [1, pages]
     model.allocate_kv(pages + 1)
-    probe.set_implementation(module, probe.SERVE)
+    probe.set_implementation(module, model.implementation)
     ends = sorted({num_tokens * 2 // 3, num_tokens - 1, num_tokens})
     logits = torch.empty(0)
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
@@ -183,10 +224,13 @@ def check_paging(model: Model, num_tokens: int) -> None:
             logits = model.forward(_one_row(tokens, start, end, table, model.block_size))[0].float()
     model.allocate_kv(0)
     probe.set_implementation(module, "eager")
-    expected = module(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
-    probe.set_implementation(module, probe.SERVE)
+    # Only if something is compiled: the stance imports the compiler, which takes a second.
+    compiled = model.implementation != probe.SERVE
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        expected = module(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
+    probe.set_implementation(module, model.implementation)
     difference = ((logits - expected).norm() / expected.norm().clamp_min(1e-6)).item()
-    limit = _CHECK_LIMIT.get(model.dtype, 2e-1)
+    limit = _limit(model.dtype)
     if not difference <= limit:
         raise ModelError(
             f"{type(module).__name__} cannot be served: paged logits differ from its own by {difference:.2g} of their "

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from executor.compilation import stop_compiling
 from executor.fault import read_fault
 from executor.inputs import PlanHeader
 from executor.lanes import Lanes, StepTimes, open_streams
-from executor.model import choose_num_blocks, load_model
+from executor.model import choose_num_blocks, compile_model, load_model
 from executor.sampler import Sampler
 from executor.slot_state import SlotState
 from executor.step import StepRunner
@@ -42,6 +43,9 @@ def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | Non
         phases = Phases(now_s() if started_s is None else started_s)
         phases.end("import")
         executor = Executor(config, channels, wire, phases)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)  # a step makes next to no cycles, and collecting them is a stall
         wire.hello(executor.num_blocks)
         phases.report(executor.description)
         return executor.serve()
@@ -82,6 +86,8 @@ class Executor:
             if self._device.type == "cuda":
                 self._warm_up(config)
                 phases.end("capture")
+            if config.compile:
+                stop_compiling()
         self._lanes = Lanes(
             self._streams,
             self._device,
@@ -101,14 +107,16 @@ class Executor:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # weights may have arrived on other streams
         phases.end("weights")
+        if config.compile:
+            compile_model(model)
+            phases.end("compile")
         full_step = full_step_plan(self._limits)
         self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step, self._limits))
         model.allocate_kv(self.num_blocks)
         phases.end("KV cache")
         kv_tokens = (self.num_blocks - 1) * config.block_size
-        self.description = (
-            f"{config.card.name} on {self._device}, {model.dtype}, {model.backend} attention, {kv_tokens} KV tokens"
-        )
+        made = f"{config.card.name} on {self._device}, {model.dtype}, {model.backend} attention, {kv_tokens} KV tokens"
+        self.description = ", ".join((made, *model.notes))
         return runner
 
     def _warm_up(self, config: EngineConfig) -> None:
@@ -124,9 +132,6 @@ class Executor:
     def serve(self) -> int:
         """Launch plans until asked to stop; returns the exit code."""
         self._wire.stop_on_sigterm()
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 100)  # a step makes next to no cycles, and collecting them is a stall
         step = 0
         while (payload := self._wire.next_plan()) is not None:
             since_ns = now_ns()

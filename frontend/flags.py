@@ -65,6 +65,7 @@ class Options:
     kv_cache_memory_bytes: int | None
     gpu_memory_utilization: float
     enforce_eager: bool
+    compile: bool | None
     watchdog_timeout: float
     shutdown_timeout: float
     max_restarts: int
@@ -163,7 +164,10 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-gpu-blocks-override", type=_integer(2), metavar="N", help="KV blocks; default: profile")
     group.add_argument("--kv-cache-memory-bytes", type=_size_bytes, metavar="SIZE", help="such as 4G, or 512MiB")
     group.add_argument("--gpu-memory-utilization", type=_number(0, 1, above=True), default=0.9, metavar="SHARE")
-    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs, nothing compiled")
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder layers (default: on CUDA)"
+    )
 
 
 def _supervision_flags(parser: argparse.ArgumentParser) -> None:
@@ -241,6 +245,7 @@ def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfi
         random_seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         enforce_eager=options.enforce_eager,
+        compile=(device == "cuda" if options.compile is None else options.compile) and not options.enforce_eager,
         block_size=options.block_size,
         num_blocks=options.num_gpu_blocks_override,
         kv_cache_bytes=options.kv_cache_memory_bytes,

@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     random_weights: bool = False  # keep the initial weights: for benchmarks of shapes
     random_seed: int = 0
     trust_remote_code: bool = False
-    enforce_eager: bool = False
+    enforce_eager: bool = False  # no CUDA graphs
+    compile: bool = False  # compile the decoder layers
     block_size: int = 16
     num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
     kv_cache_bytes: int | None = None

@@ -7,7 +7,7 @@ import functools
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import httpx
@@ -65,6 +65,16 @@ def is_idle(client: Client) -> bool:
     """Nothing runs, waits or holds a block."""
     stats = client.stats()
     return (stats.running, stats.waiting, stats.blocks_free) == (0, 0, stats.blocks_total)
+
+
+@contextmanager
+def aborting(client: Client, count: int) -> Iterator[None]:
+    """What starts inside ends as `count` aborted sequences, and leaves no slot or block in use."""
+    before = client.stats().requests_finished
+    yield
+    wait_until(lambda: is_idle(client), WAIT_S, "nothing is left")
+    ended = {reason: number - before[reason] for reason, number in client.stats().requests_finished.items()}
+    assert {reason: number for reason, number in ended.items() if number} == {"aborted": count}
 
 
 # --- completions
@@ -211,15 +221,12 @@ def test_a_user_that_disconnects_frees_everything(engine: Engine, client: Client
     host, port = engine.root.removeprefix("http://").split(":")
     body = json.dumps({"prompt": PROMPT, "n": 3, "stream": stream, **ENDLESS}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    aborted = client.stats().requests_finished["aborted"]
-    with socket.create_connection((host, int(port)), timeout=WAIT_S) as raw:
+    with aborting(client, 3), socket.create_connection((host, int(port)), timeout=WAIT_S) as raw:
         raw.sendall(head + body)
         if stream:
             assert raw.recv(4096).startswith(b"HTTP/1.1 200")
         wait_until(lambda: client.stats().running == 3, WAIT_S, "three sequences run")
         assert client.stats().blocks_free < client.stats().blocks_total
-    wait_until(lambda: is_idle(client), WAIT_S, "all slots and blocks are free")
-    assert client.stats().requests_finished["aborted"] == aborted + 3
 
 
 # --- health and metrics
@@ -276,18 +283,18 @@ def test_the_blocking_client(client: Client, sdk: openai.OpenAI) -> None:
 
 
 def test_leaving_a_stream_early_aborts_it(client: Client) -> None:
-    for chunk in client.stream(PROMPT, **ENDLESS):
-        if chunk.token_ids:
-            break
-    wait_until(lambda: is_idle(client), WAIT_S, "the abandoned stream is gone")
+    with aborting(client, 1):
+        for chunk in client.stream(PROMPT, **ENDLESS):
+            if chunk.token_ids:
+                break
 
 
 def test_a_timeout_is_a_typed_error_and_frees_the_request(client: Client) -> None:
-    with pytest.raises(RequestTimeoutError):
-        client.generate(PROMPT, timeout_s=0.2, **ENDLESS)
-    with pytest.raises(RequestTimeoutError):
-        list(client.stream(PROMPT, timeout_s=0.2, **ENDLESS))
-    wait_until(lambda: is_idle(client), WAIT_S, "both requests are gone")
+    with aborting(client, 2):
+        with pytest.raises(RequestTimeoutError):
+            client.generate(PROMPT, timeout_s=0.2, **ENDLESS)
+        with pytest.raises(RequestTimeoutError):
+            list(client.stream(PROMPT, timeout_s=0.2, **ENDLESS))
 
 
 def test_faults_of_the_caller_are_typed_errors(client: Client) -> None:
@@ -320,6 +327,6 @@ def test_the_async_client_cancels_and_closes(engine: Engine, client: Client) -> 
         with pytest.raises(CancelledError):
             await left_open
 
-    asyncio.run(asyncio.wait_for(run(), WAIT_S))
-    wait_until(lambda: is_idle(client), WAIT_S, "nothing of the client is left")
+    with aborting(client, 3):
+        asyncio.run(asyncio.wait_for(run(), WAIT_S))
     assert client.stats().frontends == 2  # the HTTP server and `client`

@@ -169,4 +169,4 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, content: str | None
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="no usable tokenizer") as caught:
         Tokenizer.load(tmp_path)
-    assert caught.value.param == "--tokenizer"
+    assert caught.value.param == "--model"
