@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -20,6 +21,7 @@ from frontend.inflight import Flight, Mailbox
 from frontend.request import Chunk, Completion, GenerateParams, check_prompt, prepare
 from frontend.session import Session
 from frontend.tokenizer import Tokenizer
+from ipc.auth import load_client_keys
 from ipc.errors import ModelError, RequestTimeoutError, UnavailableError
 from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, ModelCard, Stats
 
@@ -48,8 +50,11 @@ class AsyncClient:
         tokenizer: Tokenizer | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
+        auth_keys: str | Path | None = None,
     ) -> None:
-        self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s)
+        """`auth_keys`: the client's key folder, for a tcp endpoint. Raises ConfigError if it is not usable."""
+        keys = None if auth_keys is None else load_client_keys(Path(auth_keys))
+        self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s, keys)
         self._tokenizer = tokenizer
         self._no_tokenizer: ModelError | None = None
 
@@ -257,13 +262,18 @@ class Client:
         name: str = "client",
         tokenizer: Tokenizer | None = None,
         timeout_s: float = CONNECT_S,
+        auth_keys: str | Path | None = None,
     ) -> None:
-        """Connects and waits until the engine serves; raises UnavailableError after `timeout_s`."""
+        """Connects and waits until the engine serves; raises UnavailableError after `timeout_s`.
+
+        `auth_keys` as for AsyncClient.
+        """
+        client = AsyncClient(endpoint, name=name, tokenizer=tokenizer, auth_keys=auth_keys)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"tandem {name}", daemon=True)
         self._thread.start()
         self._closed = False
-        self._client = AsyncClient(endpoint, name=name, tokenizer=tokenizer)
+        self._client = client
         try:
             self._call(self._client.connect(timeout_s, wait_ready=True))
         except BaseException:

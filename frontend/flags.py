@@ -54,6 +54,8 @@ class Options:
     uds: str | None
     frontends: int
     max_num_queued_reqs: int
+    frontend_endpoint: str | None
+    auth_keys: str | None
     max_num_seqs: int
     max_num_batched_tokens: int | None
     long_prefill_token_threshold: int | None
@@ -137,6 +139,10 @@ def _server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead of host and port")
     group.add_argument("--frontends", type=_integer(0, 64), default=1, metavar="N", help="HTTP processes (default: 1)")
     group.add_argument("--max-num-queued-reqs", type=_integer(1), default=100_000, metavar="N", help="beyond: HTTP 429")
+    group.add_argument(
+        "--frontend-endpoint", metavar="tcp://HOST:PORT", help="for frontends of other hosts; needs --auth-keys"
+    )
+    group.add_argument("--auth-keys", metavar="DIR", help="key folder of the engine, by scripts/make_keys.py")
 
 
 def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
@@ -230,8 +236,21 @@ def parse(argv: Sequence[str]) -> Options:
     if is_async is not None and depth is not None and is_async != (depth > 1):
         flag = "--async-scheduling" if is_async else "--no-async-scheduling"
         raise ConfigError(f"--pipeline-depth: {depth} contradicts {flag}")
+    _check_endpoint(values["frontend_endpoint"], values["auth_keys"])
     values["pipeline_depth"] = depth or (1 if is_async is False else 2)
     return Options(**values)
+
+
+def _check_endpoint(endpoint: str | None, keys: str | None) -> None:
+    if endpoint is None:
+        return
+    if not re.fullmatch(r"tcp://(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):\d{1,5}", endpoint):
+        raise ConfigError(f"--frontend-endpoint: expected tcp://HOST:PORT, got {endpoint!r}")
+    if keys is None:
+        raise ConfigError(
+            f"--frontend-endpoint: {endpoint} needs --auth-keys: tcp is served encrypted only, to clients with "
+            "listed keys; scripts/make_keys.py makes them"
+        )
 
 
 def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfig:
@@ -257,4 +276,6 @@ def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfi
         pipeline_depth=options.pipeline_depth,
         max_num_queued_reqs=options.max_num_queued_reqs,
         watchdog_timeout_s=options.watchdog_timeout,
+        frontend_endpoint=options.frontend_endpoint or "",
+        auth_keys=options.auth_keys or "",
     )

@@ -18,10 +18,12 @@ from pathlib import Path
 from frontend import flags, model_files
 from frontend.children import Plumbing
 from frontend.supervisor import Supervisor, engine_roles
+from ipc.auth import load_server_keys
 from ipc.clock import now_s
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError
 from ipc.lifetime import fail
+from ipc.schema import SchedulerReady
 
 
 def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
@@ -99,6 +101,8 @@ def choose_device(wanted: str) -> str:
 
 def prepare(options: flags.Options) -> EngineConfig:
     """Find and check the model and the device. Raises ConfigError or ModelError."""
+    if options.auth_keys is not None:
+        load_server_keys(Path(options.auth_keys))  # so that a fault is known before the model loads
     device = choose_device(options.device)
     weights = not (options.random_weights or options.fake_executor)
     folder = model_files.find_model(options.model, weights=weights, trust_remote_code=options.trust_remote_code)
@@ -121,10 +125,11 @@ def serve(options: flags.Options) -> int:
         config = prepare(options)
         plumbing = _make_plumbing(config, listener)
 
-        def announce() -> None:
+        def announce(ready: SchedulerReady) -> None:
             took_s = now_s() - started_s
-            http = "" if listener is None else f"{url_of(listener)} and "
-            where = http + plumbing.endpoints.frontend
+            places = [] if listener is None else [url_of(listener)]
+            places += [place for place in (ready.tcp_endpoint, plumbing.endpoints.frontend) if place]
+            where = " and ".join(places)
             print(f"Serving {config.card.name} on {where} (ready in {took_s:.1f} s)", flush=True)
 
         try:

@@ -25,6 +25,7 @@ import frontend
 import ipc
 from frontend.client import AsyncClient
 from frontend.server import Service, make_app
+from frontend.tokenizer import Tokenizer
 from ipc.config import EngineConfig, FrontendChannels, read_start
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, UnavailableError
@@ -86,10 +87,10 @@ async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncItera
 
 
 async def serve(
-    endpoint: str, listener: socket.socket, *, watchdog_timeout_s: float, name: str, ready_bell: Doorbell | None = None
+    client: AsyncClient, listener: socket.socket, *, watchdog_timeout_s: float, ready_bell: Doorbell | None = None
 ) -> None:
-    """Serve HTTP on `listener` for the scheduler at `endpoint` until SIGTERM (or SIGINT, if not ignored)."""
-    service = Service(AsyncClient(endpoint, name=name), watchdog_timeout_s=watchdog_timeout_s)
+    """Serve HTTP on `listener` for the scheduler of `client` until SIGTERM (or SIGINT, if not ignored)."""
+    service = Service(client, watchdog_timeout_s=watchdog_timeout_s)
     server = _HttpServer(
         uvicorn.Config(
             make_app(service),
@@ -126,10 +127,9 @@ def run(config: EngineConfig, channels: FrontendChannels) -> int:
     enter_process("frontend", channels.parent_pipe, ipc, frontend)
     return _run(
         serve(
-            channels.scheduler,
+            AsyncClient(channels.scheduler, name="http"),
             socket.socket(fileno=channels.listen_fd),
             watchdog_timeout_s=config.watchdog_timeout_s,
-            name="http",
             ready_bell=Doorbell(channels.ready_bell),
         )
     )
@@ -148,14 +148,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the scheduler's, such as ipc:///tmp/…")
+    parser.add_argument("--auth-keys", metavar="DIR", help="key folder of this client, for a tcp endpoint")
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: the engine's model folder, if this host has it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--watchdog-timeout", type=float, default=60.0, metavar="S")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         check_one_place(ipc, frontend)
+        tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
+        client = AsyncClient(options.connect, name="http", tokenizer=tokenizer, auth_keys=options.auth_keys)
         listener = bind_http(options.host, options.port, None)
     except ConfigError as error:
         return fail("engine-frontend", error)
     print(f"Frontend on {url_of(listener)}", flush=True)
-    return _run(serve(options.connect, listener, watchdog_timeout_s=options.watchdog_timeout, name="http"))
+    return _run(serve(client, listener, watchdog_timeout_s=options.watchdog_timeout))

@@ -20,6 +20,7 @@ import numpy as np
 import zmq
 
 from frontend.inflight import Flight, column, finish_reason, logprob_rows
+from ipc.auth import ClientKeys, check_endpoint
 from ipc.clock import now_ns
 from ipc.errors import (
     CancelledError,
@@ -71,8 +72,11 @@ class Session:
         name: str,
         heartbeat_s: float = HEARTBEAT_S,
         heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
+        keys: ClientKeys | None = None,
     ) -> None:
+        check_endpoint(endpoint, keys)
         self.endpoint: Final = endpoint
+        self._keys = keys
         self.name: Final = name
         self.welcome: Welcome | None = None  # the last one
         self.last_stats: Stats | None = None
@@ -184,7 +188,7 @@ class Session:
 
     def _open_socket(self) -> None:
         assert self._context is not None, "opened after close"
-        self._socket = connect_dealer(self._context, self.endpoint, new_identity())
+        self._socket = connect_dealer(self._context, self.endpoint, new_identity(), self._keys)
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._silent_beats = 0
         self._refusal = None

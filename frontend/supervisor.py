@@ -89,7 +89,7 @@ class Supervisor:
         *,
         shutdown_timeout_s: float,
         max_restarts: int,
-        on_ready: Callable[[], None],
+        on_ready: Callable[[SchedulerReady], None],
     ) -> None:
         self._config = config
         self._plumbing = plumbing
@@ -106,7 +106,7 @@ class Supervisor:
         self._timer_ids = itertools.count()
         self._failures: dict[str, deque[Failure]] = {role: deque() for role in roles}  # of the last RESTART_WINDOW_S
         self._phase = Phase.STARTING
-        self._engine_ready = False
+        self._ready: SchedulerReady | None = None  # the last one
         self._frontends_ready = 0
         self._epoch = 0
         self._exit_code = 0
@@ -242,7 +242,9 @@ class Supervisor:
     def _on_scheduler_ready(self, message: SchedulerReady) -> None:
         if self._phase is not Phase.STARTING and message.epoch > 0:
             _log(f"executor restarted, life {message.epoch + 1}: serving again")
-        self._engine_ready = True
+        if message.tcp_endpoint:  # a scheduler that is started again must be found where it was
+            self._config = msgspec.structs.replace(self._config, frontend_endpoint=message.tcp_endpoint)
+        self._ready = message
         self._announce_if_ready()
 
     def _on_frontend_ready(self) -> None:
@@ -252,9 +254,9 @@ class Supervisor:
     def _announce_if_ready(self) -> None:
         """Serving starts when the engine and every frontend say so."""
         enough = self._frontends_ready >= self._roles["frontend"].count
-        if self._phase is Phase.STARTING and self._engine_ready and enough:
+        if self._phase is Phase.STARTING and self._ready is not None and enough:
             self._phase = Phase.SERVING
-            self._on_ready()
+            self._on_ready(self._ready)
 
     def _end_stuck_executor(self, message: ExecutorStuck) -> None:
         if message.epoch != self._epoch:

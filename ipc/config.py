@@ -40,6 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     pipeline_depth: int = 2
     max_num_queued_reqs: int = 100_000
     watchdog_timeout_s: float = 60.0
+    frontend_endpoint: str = ""  # tcp://HOST:PORT for frontends of other hosts, beside the private ipc one
+    auth_keys: str = ""  # key folder of the engine; needed for it
 
     @property
     def limits(self) -> FrameLimits:

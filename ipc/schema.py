@@ -211,6 +211,7 @@ class SchedulerReady(Message, frozen=True, tag="scheduler_ready"):
     epoch: int
     max_model_len: int
     kv_tokens: int
+    tcp_endpoint: str = ""  # as bound, with its port, for frontends of other hosts
 
 
 class Drain(Message, frozen=True, tag="drain"):

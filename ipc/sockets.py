@@ -15,6 +15,7 @@ from typing import Final
 
 import zmq
 
+from ipc.auth import ClientKeys, check_endpoint, secure_client
 from ipc.errors import ConfigError
 from ipc.schema import MAX_MESSAGE_BYTES
 
@@ -41,12 +42,24 @@ def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.S
     return socket
 
 
-def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
-    """DEALER to `endpoint`. `identity` must be unguessable: whoever knows it receives this peer's messages."""
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes, keys: ClientKeys | None = None
+) -> zmq.Socket[bytes]:
+    """DEALER to `endpoint`. `identity` must be unguessable: whoever knows it receives this peer's messages.
+
+    Raises ConfigError for a tcp endpoint without keys, and for one that is not well-formed.
+    """
+    check_endpoint(endpoint, keys)
     socket = context.socket(zmq.DEALER)
     _configure(socket)
     socket.setsockopt(zmq.IDENTITY, identity)
-    socket.connect(endpoint)
+    try:
+        if endpoint.startswith("tcp://") and keys is not None:
+            secure_client(socket, endpoint, keys)
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(f"cannot connect to {endpoint}: {error}", param="--connect") from error
     return socket
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import signal
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 import zmq
 
+from ipc.auth import Gatekeeper
 from ipc.clock import now_ns
 from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
@@ -74,6 +76,11 @@ class Loop:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self.frontends = bind_router(context, channels.frontend)
         self.control = bind_router(context, channels.control)
+        self.gatekeeper: Gatekeeper | None = None
+        self.tcp_endpoint = ""
+        if config.frontend_endpoint:
+            self.gatekeeper = Gatekeeper(context, Path(config.auth_keys))
+            self.tcp_endpoint = self.gatekeeper.bind(self.frontends, config.frontend_endpoint)
         self.stop_bell = Doorbell.create()
         self.stopping = False
         self.last_result_ns = 0
@@ -83,6 +90,8 @@ class Loop:
         self.poller = zmq.Poller()
         for waitable in (self.result_bell.fd, self.stop_bell.fd, self.frontends, self.control):
             self.poller.register(waitable, zmq.POLLIN)
+        if self.gatekeeper is not None:
+            self.poller.register(self.gatekeeper.socket, zmq.POLLIN)
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._stop)
@@ -200,6 +209,8 @@ class Loop:
 
     def take_messages(self) -> None:
         """Handle messages for at most one helping of time; the poll wakes again for the rest."""
+        if self.gatekeeper is not None:
+            self.gatekeeper.answer()
         deadline = now_ns() + MESSAGE_HELPING_NS
         for socket, decode, handle in (
             (self.control, decode_control, self._on_control),
@@ -304,7 +315,7 @@ class Loop:
 
     def _announce(self) -> None:
         kv_tokens = self.state.pool.capacity * self.config.block_size
-        self._tell_launcher(SchedulerReady(self.state.epoch, self.state.max_seq_len, kv_tokens))
+        self._tell_launcher(SchedulerReady(self.state.epoch, self.state.max_seq_len, kv_tokens, self.tcp_endpoint))
 
     def _tell_launcher(self, message: Message) -> None:
         if self.launcher is not None:

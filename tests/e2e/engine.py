@@ -27,6 +27,7 @@ class Engine:
     url: str  # ends in /v1; empty without HTTP frontends
     endpoint: str
     process: subprocess.Popen[str]
+    tcp: str = ""  # its endpoint for other hosts, if it has one
 
     @property
     def root(self) -> str:
@@ -78,7 +79,8 @@ def running_engine(*flags: str, model: Path = DEMO_MODEL, exit_code: int = 0) ->
         line = read_line(process, START_LIMIT_S)
         url, endpoint = re.search(r"http://\S+/v1", line), re.search(r"ipc://\S+\.sock", line)
         assert endpoint, f"no ZMQ endpoint in {line!r}"
-        engine = Engine(url.group() if url else "", endpoint.group(), process)
+        tcp = re.search(r"tcp://\S+", line)
+        engine = Engine(url.group() if url else "", endpoint.group(), process, tcp.group() if tcp else "")
         yield engine
         assert engine.stop() == exit_code
     finally:
