@@ -117,8 +117,9 @@ class AsyncClient:
         """The statistics that came last; one comes with every heartbeat."""
         return self._session.last_stats
 
-    async def stats(self, timeout_s: float = STATS_S) -> Stats:
-        return await self._session.stats(timeout_s)
+    async def stats(self, timeout_s: float = STATS_S, *, restart_longest: bool = False) -> Stats:
+        """The engine's counters; `restart_longest` has the `longest_*` ones begin anew after this answer."""
+        return await self._session.stats(timeout_s, restart_longest)
 
     async def encode(self, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt; those given as ids are returned as they are."""

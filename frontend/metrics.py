@@ -31,6 +31,11 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
     ("inflight_steps", "Steps planned and not yet retired.", lambda s: s.inflight),
     ("frontends", "Frontends connected to the scheduler.", lambda s: s.frontends),
     ("executor_epoch", "Lives of the executor before this one.", lambda s: s.epoch),
+    (
+        "device_longest_bubble_seconds",
+        "Longest wait of the device while there was work.",
+        lambda s: s.longest_bubble_ns * _NS,
+    ),
 )
 _COUNTERS: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
     ("num_preemptions", "Requests preempted for lack of KV blocks.", lambda s: s.preemptions),
@@ -44,9 +49,15 @@ _COUNTERS: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
     ("overshoot_rows", "Rows run for requests that had ended.", lambda s: s.overshoot_rows),
     ("device_busy_seconds", "Time the device computed.", lambda s: s.device_ns * _NS),
     ("device_bubble_seconds", "Time the device waited while there was work.", lambda s: s.bubble_ns * _NS),
+    ("device_bubbles", "Times the device waited while there was work.", lambda s: s.bubbles),
     ("scheduler_plan_seconds", "Host time spent planning.", lambda s: s.plan_ns * _NS),
     ("scheduler_retire_seconds", "Host time spent on results.", lambda s: s.retire_ns * _NS),
     ("executor_launch_seconds", "Host time spent launching.", lambda s: s.launch_ns * _NS),
+    (
+        "compilations_while_serving",
+        "Kernels compiled, graphs captured after the start; stays 0.",
+        lambda s: s.compilations,
+    ),
     ("dropped_messages", "Messages undecodable or unroutable; stays 0.", lambda s: s.dropped_messages),
 )
 

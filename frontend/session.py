@@ -171,12 +171,12 @@ class Session:
             self._flush_due = True
             self._loop.call_soon(self._flush_aborts)
 
-    async def stats(self, timeout_s: float) -> Stats:
+    async def stats(self, timeout_s: float, restart_longest: bool = False) -> Stats:
         """Ask the scheduler. What it answers is newer than every token received before the call."""
         waiter: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
         try:
-            if not self.connected or not self._offer(GetStats()):
+            if not self.connected or not self._offer(GetStats(restart_longest)):
                 raise UnavailableError(f"the scheduler at {self.endpoint} does not answer")
             async with asyncio.timeout(timeout_s):
                 return await waiter

@@ -265,6 +265,7 @@ class ResultWord(IntEnum):
     GAP_NS = 5  # compute stream idle between the previous step and this one
     LAUNCH_NS = 6  # host time of the launch thread for this step
     HIDDEN = 7  # 1: this step was queued before the device ran dry
+    COMPILATIONS = 8  # kernels compiled and graphs captured since the result before; 0 while all is well
 
 
 RESULT_HEADER_BYTES: Final = 128
@@ -321,6 +322,7 @@ class Result:
     rank: Int32 | None  # [rows]
     top_token: Int32 | None  # [rows, max_logprobs]
     top_logprob: Float32 | None  # [rows, max_logprobs]
+    compilations: int = 0
 
 
 def write_result_header(
@@ -334,9 +336,10 @@ def write_result_header(
     gap_ns: int = 0,
     launch_ns: int = 0,
     hidden: bool = False,
+    compilations: int = 0,
 ) -> None:
     words = payload[:RESULT_HEADER_BYTES].view(np.int64)
-    words[:8] = seq, epoch, num_rows, has_logprobs, device_ns, gap_ns, launch_ns, hidden
+    words[:9] = seq, epoch, num_rows, has_logprobs, device_ns, gap_ns, launch_ns, hidden, compilations
 
 
 def read_result(payload: Bytes, layout: ResultLayout) -> Result:
@@ -363,4 +366,5 @@ def read_result(payload: Bytes, layout: ResultLayout) -> Result:
         rank=column(layout.rank, np.int32) if has_logprobs else None,
         top_token=column(layout.top_token, np.int32, top).reshape(rows, top) if has_logprobs else None,
         top_logprob=column(layout.top_logprob, np.float32, top).reshape(rows, top) if has_logprobs else None,
+        compilations=int(words[ResultWord.COMPILATIONS]),
     )

@@ -26,6 +26,7 @@ PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 64 << 20
 HEARTBEAT_S: Final = 1.0  # each frontend sends one; silence of HEARTBEAT_LIMIT_S means it is gone
 HEARTBEAT_LIMIT_S: Final = 10.0
+BUBBLE_NS: Final = 20_000  # a stream takes a few us from one queued step to the next; that is not waiting for a host
 
 
 class FinishReason(IntEnum):
@@ -152,6 +153,8 @@ class Draining(Message, frozen=True, tag="draining"):
 class GetStats(Message, frozen=True, tag="get_stats"):
     """Ask for a Stats message at once; one comes every second anyway while there is work."""
 
+    restart_longest: bool = False  # after the answer, `longest_*` begin anew: for whoever measures a span of time
+
 
 class Stats(Message, frozen=True, tag="stats"):
     """Counters since start unless said otherwise. Times in nanoseconds."""
@@ -181,6 +184,10 @@ class Stats(Message, frozen=True, tag="stats"):
     dropped_messages: int  # undecodable or unroutable; must stay 0
     frontends: int
     draining: bool
+    bubbles: int = 0  # gaps of the compute stream while there was work that were longer than BUBBLE_NS
+    longest_bubble_ns: int = 0  # since the start, or since somebody had it begin anew
+    longest_step_ns: int = 0  # likewise, on the device
+    compilations: int = 0  # kernels compiled and graphs captured while serving; must stay 0
 
 
 class ExecutorHello(Message, frozen=True, tag="executor_hello"):

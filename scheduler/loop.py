@@ -247,8 +247,12 @@ class Loop:
                 if ended:
                     peer.outbox.add_end(ended, FinishReason.ABORTED)
                     self.deliver()
-            case Heartbeat() | GetStats():
+            case Heartbeat():
                 self._reply(peer, self.stats())
+            case GetStats():
+                self._reply(peer, self.stats())
+                if message.restart_longest:
+                    self.state.counters.restart_longest()
             case Goodbye():
                 self._remove(peer, "goodbye")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ipc.frames import Result
-from ipc.schema import FinishReason
+from ipc.schema import BUBBLE_NS, FinishReason
 
 
 @dataclass(slots=True)
 class Counters:
-    """Monotonic; times in nanoseconds. Field meanings are those of ipc.schema.Stats."""
+    """Monotonic but for `longest_*`; times in nanoseconds. Field meanings are those of ipc.schema.Stats."""
 
     steps: int = 0
     hidden_steps: int = 0
@@ -27,6 +27,10 @@ class Counters:
     retire_ns: int = 0
     launch_ns: int = 0
     dropped_messages: int = 0
+    bubbles: int = 0
+    longest_bubble_ns: int = 0
+    longest_step_ns: int = 0
+    compilations: int = 0
     requests_finished: dict[str, int] = field(
         default_factory=lambda: {r.name.lower(): 0 for r in FinishReason if r is not FinishReason.RUNNING}
     )
@@ -36,5 +40,13 @@ class Counters:
         self.steps += 1
         self.hidden_steps += result.hidden
         self.device_ns += result.device_ns
-        self.bubble_ns += result.gap_ns if continues else 0
         self.launch_ns += result.launch_ns
+        self.compilations += result.compilations
+        self.longest_step_ns = max(self.longest_step_ns, result.device_ns)
+        if continues:
+            self.bubble_ns += result.gap_ns
+            self.bubbles += result.gap_ns > BUBBLE_NS
+            self.longest_bubble_ns = max(self.longest_bubble_ns, result.gap_ns)
+
+    def restart_longest(self) -> None:
+        self.longest_bubble_ns = self.longest_step_ns = 0

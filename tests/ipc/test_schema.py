@@ -97,9 +97,9 @@ def test_a_result_has_its_columns_where_the_layout_says() -> None:
     payload = np.random.default_rng(0).integers(0, 255, layout.nbytes, dtype=np.uint8)
     payload[layout.token : layout.token + 8].view(np.int32)[:] = 11, 12
     payload[layout.top_token : layout.top_token + 24].view(np.int32)[:] = range(6)
-    write_result_header(payload, seq=9, epoch=2, num_rows=2, has_logprobs=True, gap_ns=77, hidden=True)
+    write_result_header(payload, seq=9, epoch=2, num_rows=2, has_logprobs=True, gap_ns=77, hidden=True, compilations=3)
     result = read_result(payload, layout)
-    assert (result.seq, result.epoch, result.gap_ns, result.hidden) == (9, 2, 77, True)
+    assert (result.seq, result.epoch, result.gap_ns, result.hidden, result.compilations) == (9, 2, 77, True, 3)
     assert result.token.tolist() == [11, 12]
     assert result.top_token is not None
     assert result.top_token.tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -98,6 +98,7 @@ class Bench:
         self.loop = Loop(self.config, channels)
         self.plans, self.results = RingReader(plan_ring), RingWriter(result_ring)
         self.answering = True
+        self.times: dict[str, int] = {}  # of every result's header
         self.launcher = Peer(self, self.control, decode_launcher)
         self.launcher.send(Hello(PROTOCOL_VERSION, "launcher", "launcher", 1))
 
@@ -128,7 +129,8 @@ class Bench:
             result = self.results.begin(seq)
             layout = self.config.result_layout
             result[layout.token : layout.token + 4 * plan.num_rows].view("i4")[:] = 5
-            write_result_header(result, seq=plan.seq, epoch=self.epoch, num_rows=plan.num_rows, has_logprobs=False)
+            rows = plan.num_rows
+            write_result_header(result, seq=plan.seq, epoch=self.epoch, num_rows=rows, has_logprobs=False, **self.times)
             self.plans.ack(plan.seq)
             self.results.publish(seq)
 
@@ -163,6 +165,24 @@ def receive_rows(peer: Peer, count: int) -> list[tuple[int, int, int]]:
     while len(rows(frames)) < count:
         frames.append(peer.receive(Tokens))
     return rows(frames)
+
+
+def test_bubbles_count_only_while_there_was_work_and_the_longest_begins_anew(bench: Bench) -> None:
+    peer = bench.frontend_peer()
+    bench.times = {"gap_ns": 50_000, "device_ns": 7_000, "compilations": 1}
+    peer.send(admit(1))
+    receive_rows(peer, 3)
+    peer.send(GetStats(restart_longest=True))
+    stats = peer.receive(Stats)
+    # The engine was idle before the first of the three steps: that gap is no bubble.
+    assert (stats.steps, stats.bubbles, stats.bubble_ns) == (3, 2, 100_000)
+    assert (stats.longest_bubble_ns, stats.longest_step_ns, stats.compilations) == (50_000, 7_000, 3)
+    bench.times = {"gap_ns": 3_000, "device_ns": 5_000}
+    peer.send(admit(2))
+    receive_rows(peer, 3)
+    stats = peer.stats()
+    assert (stats.longest_bubble_ns, stats.longest_step_ns, stats.compilations) == (3_000, 5_000, 3)
+    assert (stats.bubbles, stats.bubble_ns) == (2, 106_000), "a short gap adds time, but is no bubble"
 
 
 def test_tokens_reach_the_one_who_asked(bench: Bench) -> None:
