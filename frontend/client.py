@@ -247,7 +247,7 @@ class AsyncClient:
                         continue
                     if chunk.finish_reason is not None:
                         running -= 1
-                        self._session.abort((flight,))  # a stop string ends it here, before the engine knows
+                        self._session.abort((flight,), stopped=True)  # a stop string ends it here, before the engine knows
                     yield chunk
         finally:
             self._session.abort(flights)

@@ -17,7 +17,6 @@ from litestar import Response
 from litestar.types import Receive, Scope, Send
 
 from frontend.client import AsyncClient
-from frontend.metrics import FrontendMetrics, RequestTimer
 from frontend.openai import DONE, error_event
 from frontend.request import Chunk, GenerateParams
 from frontend.shapes import Shape, Usage, make_usage
@@ -76,9 +75,8 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def run_whole(client: AsyncClient, metrics: FrontendMetrics, job: Job) -> bytes:
+async def run_whole(client: AsyncClient, job: Job) -> bytes:
     """The JSON of the whole answer. The first prompt that fails ends the others and raises its error."""
-    timer = RequestTimer(metrics, job.prompt_tokens)
     tasks = [asyncio.ensure_future(client.generate(prompt, job.params)) for prompt in job.prompts]
     try:
         found = await asyncio.gather(*tasks)
@@ -90,21 +88,15 @@ async def run_whole(client: AsyncClient, metrics: FrontendMetrics, job: Job) -> 
         for choice in completion.choices
     ]
     generated = sum(completion.completion_tokens for completion in found)
-    timer.done(generated)
     usage = make_usage(job.prompt_tokens, generated, sum(completion.cached_tokens for completion in found))
     return job.shape.whole(choices, usage)
 
 
-async def run_stream(client: AsyncClient, metrics: FrontendMetrics, job: Job) -> AsyncGenerator[Event, None]:
+async def run_stream(client: AsyncClient, job: Job) -> AsyncGenerator[Event, None]:
     """The parts of all choices as they come. Closing it aborts what still runs."""
-    timer = RequestTimer(metrics, job.prompt_tokens)
-    generated = 0
     async with aclosing(_merged(client, job) if len(job.prompts) > 1 else _single(client, job)) as events:
-        async for index, chunk in events:
-            timer.tokens(index, len(chunk.token_ids))
-            generated += len(chunk.token_ids)
-            yield index, chunk
-    timer.done(generated)
+        async for event in events:
+            yield event
 
 
 async def _single(client: AsyncClient, job: Job) -> AsyncGenerator[Event, None]:

@@ -19,11 +19,11 @@ from litestar import HttpMethod, Litestar, Request, Response, get, post, route
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.types import Message, Scope
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
 from frontend.client import AsyncClient
 from frontend.jobs import EventStream, Job, run_stream, run_whole, while_connected
-from frontend.metrics import FrontendMetrics
+from frontend.metrics import exposition, make_registry
 from frontend.openai import (
     MAX_BODY_BYTES,
     ChatRequest,
@@ -55,19 +55,20 @@ _log: Final = logging.getLogger(__name__)
 class Service:
     """What every handler needs: the client, and what is known of the engine behind it."""
 
-    def __init__(self, client: AsyncClient, *, watchdog_timeout_s: float) -> None:
+    def __init__(self, client: AsyncClient, *, watchdog_timeout_s: float, metrics_prefix: str) -> None:
         self.client = client
         self.attached = False  # the client has connected once and has its tokenizer
         self.started_s = int(time.time())
         self._watchdog_timeout_s = watchdog_timeout_s
-        self._metrics: FrontendMetrics | None = None
+        self._metrics_prefix = metrics_prefix
+        self._registry: CollectorRegistry | None = None
 
     @property
-    def metrics(self) -> FrontendMetrics:
+    def registry(self) -> CollectorRegistry:
         """Made when first asked for: the model's name is known once connected."""
-        if self._metrics is None:
-            self._metrics = FrontendMetrics(self.client.card.name, lambda: self.client.last_stats)
-        return self._metrics
+        if self._registry is None:
+            self._registry = make_registry(self._metrics_prefix, self.client.card.name, lambda: self.client.last_stats)
+        return self._registry
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -118,8 +119,8 @@ async def _answer(request: AnyRequest, job: Job, *, stream: bool) -> AnyResponse
     """Run `job` and answer, as events if `stream`; a failure before the first part raises and becomes a status."""
     service = _service(request)
     if not stream:
-        return _json(await while_connected(request.receive, run_whole(service.client, service.metrics, job)))
-    events = run_stream(service.client, service.metrics, job)
+        return _json(await while_connected(request.receive, run_whole(service.client, job)))
+    events = run_stream(service.client, job)
     first = await while_connected(request.receive, anext(events))
     return EventStream(job, first, events)
 
@@ -259,7 +260,7 @@ async def metrics(request: AnyRequest) -> AnyResponse:
     service = _service(request)
     service.require_connected()
     await service.client.stats(_STATS_TIMEOUT_S)
-    return Response(content=service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(content=exposition(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def to_error(request: AnyRequest, error: Exception) -> AnyResponse:

@@ -89,6 +89,7 @@ class Session:
         self._flights: dict[int, Flight] = {}
         self._next_id = 0
         self._aborts: list[int] = []  # ids the scheduler has still to be told of
+        self._stops: list[int] = []  # the same, of those that ended well
         self._stats_waiters: list[asyncio.Future[Stats]] = []
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -162,12 +163,12 @@ class Session:
                 self.abort(flights)
                 raise UnavailableError("the scheduler takes no more messages just now")
 
-    def abort(self, flights: Iterable[Flight]) -> None:
-        """End sequences early; those that ended already are left alone."""
+    def abort(self, flights: Iterable[Flight], *, stopped: bool = False) -> None:
+        """End sequences early; those that ended already are left alone. `stopped`: a stop string was found."""
         for flight in flights:
             if self._flights.pop(flight.request_id, None) is not None:
-                self._aborts.append(flight.request_id)
-        if self._aborts and not self._flush_due and self._socket is not None:
+                (self._stops if stopped else self._aborts).append(flight.request_id)
+        if (self._aborts or self._stops) and not self._flush_due and self._socket is not None:
             self._flush_due = True
             self._loop.call_soon(self._flush_aborts)
 
@@ -311,8 +312,8 @@ class Session:
 
     def _flush_aborts(self) -> None:
         self._flush_due = False
-        if self._aborts and self._offer(Abort(self._aborts)):
-            self._aborts = []
+        if (self._aborts or self._stops) and self._offer(Abort(self._aborts, self._stops)):
+            self._aborts, self._stops = [], []
 
     async def _beat(self) -> None:
         """Counts beats without an answer, not time: a process that was stopped finds its peer alive."""
@@ -330,7 +331,7 @@ class Session:
         if self.connected:
             _log.warning("connection to %s lost, %d open requests fail: %s", self.endpoint, len(self._flights), error)
         self.connected = False
-        self._aborts = []
+        self._aborts, self._stops = [], []
         self._fail_all(error)
         self._close_socket(0)
         self._open_socket()

@@ -112,7 +112,10 @@ class Admit(Message, frozen=True, tag="admit"):
 
 
 class Abort(Message, frozen=True, tag="abort"):
+    """End requests early: those whose owner gave them up, and those whose text reached a stop string."""
+
     request_ids: list[int]
+    stopped_ids: list[int] = []
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
@@ -188,6 +191,7 @@ class Stats(Message, frozen=True, tag="stats"):
     longest_bubble_ns: int = 0  # since the start, or since somebody had it begin anew
     longest_step_ns: int = 0  # likewise, on the device
     compilations: int = 0  # kernels compiled and graphs captured while serving; must stay 0
+    histograms: bytes = b""  # ipc.histograms
 
 
 class ExecutorHello(Message, frozen=True, tag="executor_hello"):

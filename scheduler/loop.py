@@ -242,11 +242,7 @@ class Loop:
             case Admit():
                 self._admit(peer, message)
             case Abort():
-                ended = [i for i in message.request_ids if self.state.abort(peer.index, i)]
-                self.state.counters.requests_finished["aborted"] += len(ended)
-                if ended:
-                    peer.outbox.add_end(ended, FinishReason.ABORTED)
-                    self.deliver()
+                self._abort(peer, message)
             case Heartbeat():
                 self._reply(peer, self.stats())
             case GetStats():
@@ -284,6 +280,17 @@ class Loop:
         except TandemError as error:
             self.state.counters.requests_rejected += 1
             self._reply(peer, Rejected(message.request_id, error.code, error.message, error.param))
+
+    def _abort(self, peer: Peer, message: Abort) -> None:
+        for request_id in message.stopped_ids:
+            request = self.state.requests.get((peer.index, request_id))
+            if request is not None and request.first_token_ns:
+                self.state.complete(request, FinishReason.STOP)
+        ended = [i for i in message.request_ids if self.state.abort(peer.index, i)]
+        self.state.counters.requests_finished["aborted"] += len(ended)
+        if ended:
+            peer.outbox.add_end(ended, FinishReason.ABORTED)
+            self.deliver()
 
     def _on_control(self, identity: bytes, message: Any) -> None:
         state = self.state
@@ -376,5 +383,6 @@ class Loop:
             step_age_ns=self._step_age_ns(),
             frontends=len(self.peers),
             draining=state.draining,
+            histograms=state.histograms.pack(),
             **{name: getattr(counters, name) for name in counters.__slots__},
         )

@@ -1,11 +1,20 @@
-"""Counters of one scheduler life. Only the scheduler counts tokens and requests, so totals hold over any frontends."""
+"""Counters and distributions of one scheduler life. Only the scheduler counts, so totals hold over any frontends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from ipc.frames import Result
+from ipc.histograms import Distribution, Histograms
 from ipc.schema import BUBBLE_NS, FinishReason
+from scheduler.request import Request
+from scheduler.slots import SlotTable
+
+_S: Final = 1e-9  # of a nanosecond
 
 
 @dataclass(slots=True)
@@ -50,3 +59,39 @@ class Counters:
 
     def restart_longest(self) -> None:
         self.longest_bubble_ns = self.longest_step_ns = 0
+
+
+def observe_start(histograms: Histograms, request: Request, now_ns: int) -> None:
+    """A request left the queue for the first time."""
+    request.started_ns = now_ns
+    histograms.observe(Distribution.QUEUE_S, (now_ns - request.arrived_ns) * _S)
+
+
+def observe_tokens(histograms: Histograms, slots: SlotTable, slot: npt.NDArray[np.int32], now_ns: int) -> None:
+    """Each of `slot` [rows] got a token."""
+    last_ns = slots.last_token_ns[slot]
+    slots.last_token_ns[slot] = now_ns
+    later = last_ns > 0
+    if not later.all():
+        for index in slot[~later].tolist():
+            request = slots.request[index]
+            assert request is not None, f"slot {index} got a token for no one"
+            request.first_token_ns = now_ns
+            histograms.observe(Distribution.FIRST_TOKEN_S, (now_ns - request.arrived_ns) * _S)
+            histograms.observe(Distribution.PREFILL_S, (now_ns - request.started_ns) * _S)
+        last_ns = last_ns[later]
+    histograms.observe_many(Distribution.INTER_TOKEN_S, (now_ns - last_ns) * _S)
+
+
+def observe_end(histograms: Histograms, request: Request, now_ns: int) -> None:
+    """A request came to its own end, and its tokens are back in its record."""
+    generated = len(request.tokens) - request.prompt_len
+    decode_s = (now_ns - request.first_token_ns) * _S
+    histograms.observe(Distribution.REQUEST_S, (now_ns - request.arrived_ns) * _S)
+    histograms.observe(Distribution.INFERENCE_S, (now_ns - request.started_ns) * _S)
+    histograms.observe(Distribution.DECODE_S, decode_s)
+    if generated > 1:
+        histograms.observe(Distribution.PER_OUTPUT_TOKEN_S, decode_s / (generated - 1))
+    histograms.observe(Distribution.PROMPT_TOKENS, request.prompt_len)
+    histograms.observe(Distribution.GENERATION_TOKENS, generated)
+    histograms.observe(Distribution.MAX_TOKENS, request.params.max_tokens)

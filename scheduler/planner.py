@@ -13,9 +13,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from ipc.clock import now_ns
 from ipc.frames import MAX_BIAS, PLAN_COLUMNS, Param, Plan, PlanFlag
+from ipc.histograms import Distribution
 from scheduler.admission import forbidden_ids
 from scheduler.inflight import PlanRecord
+from scheduler.metrics import observe_start
 from scheduler.request import Request
 from scheduler.state import SchedulerState
 
@@ -147,8 +150,8 @@ def _place(state: SchedulerState, draft: _Draft, request: Request, hit: list[int
     slot = state.slots.occupy(request, blocks, cached)
     draft.admits.append(request)
     draft.add_blocks(slot, np.arange(total, dtype=np.int32), blocks)
-    if not request.started:
-        request.started = True
+    if not request.started_ns:
+        observe_start(state.histograms, request, now_ns())
         state.counters.prefix_query_tokens += request.prompt_len
         state.counters.prefix_hit_tokens += cached
         state.started.append((request.peer, request.request_id, cached))
@@ -176,6 +179,7 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
     blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else np.empty((3, 0), np.int32)
     flags = PlanFlag(int(np.bitwise_or.reduce(slots.features[row_slot])))
     state.seq += 1
+    state.histograms.observe(Distribution.STEP_TOKENS, int(query_len.sum()))
     plan = Plan(
         seq=state.seq,
         epoch=state.epoch,

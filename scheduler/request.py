@@ -36,7 +36,10 @@ class Request:
     chain: list[bytes] = field(default_factory=list)  # hashes of its full blocks so far
     state: State = State.WAITING
     slot: int = -1
-    started: bool = False  # its frontend knows that it left the queue
+    arrived_ns: int = 0
+    started_ns: int = 0  # when it left the queue, which its frontend then knows; 0: not yet
+    first_token_ns: int = 0  # 0: no token yet
+    last_token_ns: int = 0  # current only while WAITING
 
     @property
     def order(self) -> tuple[int, int]:

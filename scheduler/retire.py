@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ipc.clock import now_ns
 from ipc.errors import ProtocolError
 from ipc.frames import PlanFlag, Result
 from ipc.schema import FinishReason
+from scheduler.metrics import observe_tokens
 from scheduler.state import SchedulerState
 
 
@@ -36,6 +38,7 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     rows = np.flatnonzero(alive)
     slot, token = record.slots[rows], result.token[rows]
     finish = _append(state, slot, token)
+    observe_tokens(state.histograms, slots, slot, now_ns())
     delivery = Delivery(
         peer=slots.peer[slot],
         request_id=slots.request_id[slot],
@@ -47,8 +50,7 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     for i in np.flatnonzero(finish).tolist():
         request = slots.request[int(slot[i])]
         assert request is not None
-        state.finish(request)
-        state.counters.requests_finished[FinishReason(int(finish[i])).name.lower()] += 1
+        state.complete(request, FinishReason(int(finish[i])))
     state.counters.add_step(result, continues=bool(record.flags & PlanFlag.CONTINUES))
     state.counters.generation_tokens += int(np.count_nonzero(finish != FinishReason.INVALID_LOGITS))
     state.counters.overshoot_rows += int(np.count_nonzero(record.sample)) - len(rows)

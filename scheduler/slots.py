@@ -34,6 +34,7 @@ class SlotTable:
         self.num_logprobs = np.zeros(n, np.int32)
         self.peer = np.zeros(n, np.int32)
         self.request_id = np.zeros(n, np.int64)
+        self.last_token_ns = np.zeros(n, np.int64)  # 0: none yet
         self.tokens = np.zeros((n, limits.max_seq_len), np.int32)
         self.block_table = np.zeros((n, limits.max_blocks_per_seq), np.int32)
         self.request: list[Request | None] = [None] * n
@@ -60,6 +61,7 @@ class SlotTable:
         self.num_logprobs[slot] = request.params.logprobs
         self.peer[slot] = request.peer
         self.request_id[slot] = request.request_id
+        self.last_token_ns[slot] = request.last_token_ns
         self.request[slot] = request
         self.running = np.append(self.running, np.int32(slot))
         request.state, request.slot = State.RUNNING, slot
@@ -73,6 +75,7 @@ class SlotTable:
         request = self.request[slot]
         assert request is not None, f"slot {slot} is not occupied"
         request.tokens = self.tokens[slot, : self.known[slot]].copy()
+        request.last_token_ns = int(self.last_token_ns[slot])
         request.slot = -1
         self.request[slot] = None
         self.generation[slot] += 1

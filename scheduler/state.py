@@ -10,14 +10,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ipc.clock import now_ns
 from ipc.config import EngineConfig
 from ipc.errors import OverloadedError, RequestError, UnavailableError
 from ipc.frames import FrameLimits
-from ipc.schema import Admit, unpack_tokens
+from ipc.histograms import Histograms
+from ipc.schema import Admit, FinishReason, unpack_tokens
 from scheduler.admission import check_lengths, check_params, check_tokens
 from scheduler.blocks import BlockPool
 from scheduler.inflight import PlanRecord
-from scheduler.metrics import Counters
+from scheduler.metrics import Counters, observe_end
 from scheduler.prefix import extend_chain, root_hash
 from scheduler.queue import WaitingQueue
 from scheduler.request import Request, State, features_of
@@ -35,6 +37,7 @@ class SchedulerState:
         self.queue = WaitingQueue()
         self.inflight: deque[PlanRecord] = deque()
         self.counters = Counters()
+        self.histograms = Histograms()
         self.requests: dict[tuple[int, int], Request] = {}  # (peer, request_id) -> open request
         self.started: list[tuple[int, int, int]] = []  # (peer, request_id, cached tokens), until the next delivery
         self.epoch = 0
@@ -73,6 +76,7 @@ class SchedulerState:
             peer=peer,
             request_id=message.request_id,
             arrival=self._arrivals,
+            arrived_ns=now_ns(),
             prompt_len=len(prompt),
             limit=len(prompt) + params.max_tokens,
             params=params,
@@ -95,6 +99,13 @@ class SchedulerState:
             return False
         self.finish(request)
         return True
+
+    def complete(self, request: Request, reason: FinishReason) -> None:
+        """A request came to its own end."""
+        self.finish(request)
+        self.counters.requests_finished[reason.name.lower()] += 1
+        if reason is not FinishReason.INVALID_LOGITS:
+            observe_end(self.histograms, request, now_ns())
 
     def finish(self, request: Request) -> None:
         """Forget an open request and free what it holds."""
