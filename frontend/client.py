@@ -22,7 +22,7 @@ from frontend.request import Chunk, Completion, GenerateParams, check_prompt, pr
 from frontend.session import Session
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
-from ipc.errors import ModelError, RequestTimeoutError, UnavailableError
+from ipc.errors import ModelError, RequestTimeoutError, TandemError, UnavailableError
 from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, ModelCard, Stats
 
 _log: Final = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ class AsyncClient:
                 self._no_tokenizer = error
         return card
 
-    async def close(self) -> None:
-        """Open requests end with CancelledError and are aborted in the engine."""
-        await self._session.close()
+    async def close(self, error: TandemError | None = None) -> None:
+        """Open requests end with `error` (CancelledError by default) and are aborted in the engine."""
+        await self._session.close(error)
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect(wait_ready=True)
@@ -247,7 +247,9 @@ class AsyncClient:
                         continue
                     if chunk.finish_reason is not None:
                         running -= 1
-                        self._session.abort((flight,), stopped=True)  # a stop string ends it here, before the engine knows
+                        self._session.abort(
+                            (flight,), stopped=True
+                        )  # a stop string ends it here, before the engine knows
                     yield chunk
         finally:
             self._session.abort(flights)

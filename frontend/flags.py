@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final, NoReturn
 
-from ipc.config import MAX_DEPTH, EngineConfig
+from ipc.config import MAX_DEPTH, EngineConfig, HttpConfig
 from ipc.errors import ConfigError
 from ipc.schema import ModelCard
 
@@ -70,6 +70,7 @@ class Options:
     compile: bool | None
     watchdog_timeout: float
     shutdown_timeout: float
+    metrics_prefix: str
     max_restarts: int
     fake_executor: bool
 
@@ -112,7 +113,13 @@ def _size_bytes(text: str) -> int:
     return value
 
 
-class _Parser(argparse.ArgumentParser):
+def _metrics_prefix(text: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits and underscores, got {text!r}")
+    return text
+
+
+class FlagParser(argparse.ArgumentParser):
     """argparse that raises ConfigError: a fault of the user is one line, not a usage page."""
 
     def error(self, message: str) -> NoReturn:
@@ -176,27 +183,35 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _supervision_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("supervision")
+def http_flags(parser: argparse.ArgumentParser) -> None:
+    """What every serving frontend has a say in: also flags of `engine-frontend`."""
+    group = parser.add_argument_group("serving")
     group.add_argument(
         "--watchdog-timeout", type=_number(0, above=True), default=60.0, metavar="S", help="a step longer is a hang"
     )
     group.add_argument(
         "--shutdown-timeout", type=_number(0), default=30.0, metavar="S", help="for open requests at SIGTERM"
     )
+    group.add_argument(
+        "--metrics-prefix", type=_metrics_prefix, default="engine", metavar="NAME", help="vllm: for its dashboards"
+    )
+
+
+def _supervision_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("supervision")
     group.add_argument("--max-restarts", type=_integer(0), default=3, metavar="N", help="of a process in ten minutes")
     group.add_argument("--fake-executor", action="store_true", help="made-up tokens: measures everything but the model")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = FlagParser(
         prog="engine-launch",
         description="Serve a language model over the OpenAI API.",
         epilog="Underscores work as dashes. Also understood: " + ", ".join(ALIASES) + ".",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tandem-engine {version('tandem-engine')}")
-    for add in (_model_flags, _server_flags, _scheduling_flags, _device_flags, _supervision_flags):
+    for add in (_model_flags, _server_flags, _scheduling_flags, _device_flags, http_flags, _supervision_flags):
         add(parser)
     return parser
 
@@ -278,4 +293,14 @@ def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfi
         watchdog_timeout_s=options.watchdog_timeout,
         frontend_endpoint=options.frontend_endpoint or "",
         auth_keys=options.auth_keys or "",
+        http=http_config(options),
+    )
+
+
+def http_config(options: Options | argparse.Namespace) -> HttpConfig:
+    """What `http_flags` said."""
+    return HttpConfig(
+        watchdog_timeout_s=options.watchdog_timeout,
+        shutdown_timeout_s=options.shutdown_timeout,
+        metrics_prefix=options.metrics_prefix,
     )

@@ -13,7 +13,6 @@ from typing import Final
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from ipc.histograms import unpack_histograms
 from ipc.schema import Stats
@@ -88,7 +87,7 @@ class _EngineCollector(Collector):
         yield finished
         for family, total, counts in unpack_histograms(stats.histograms):
             histogram = HistogramMetricFamily(self._prefix + family.name, family.text, labels=_LABELS)
-            edges = [floatToGoString(edge) for edge in family.edges] + ["+Inf"]
+            edges = [str(float(edge)) for edge in family.edges] + ["+Inf"]
             histogram.add_metric(self._values, list(zip(edges, accumulate(counts), strict=True)), total)
             yield histogram
 

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import signal
 import socket
@@ -26,14 +27,15 @@ import ipc
 from frontend.client import AsyncClient
 from frontend.server import Service, make_app
 from frontend.tokenizer import Tokenizer
-from ipc.config import EngineConfig, FrontendChannels, read_start
+from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
 from ipc.doorbell import Doorbell
-from ipc.errors import ConfigError, UnavailableError
+from ipc.errors import ConfigError, TandemError, UnavailableError
 from ipc.lifetime import check_one_place, enter_process, fail
 
 _DATE_PERIOD_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 3600.0  # of one attempt; they repeat, since a model may load for long
-_CLOSE_TIMEOUT_S: Final = 4  # for open responses after SIGTERM; the launcher has drained the engine before
+_RETRY_S: Final = (1.0, 2.0, 4.0, 8.0, 15.0)  # pauses after refused attempts
+_CLOSE_TIMEOUT_S: Final = 3.0  # under the launcher, which has drained the engine before and ends it soon after
 _KEEP_ALIVE_S: Final = 75
 _BACKLOG: Final = 2048
 _log: Final = logging.getLogger(__name__)
@@ -68,12 +70,15 @@ async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncItera
     """Connect the client in the background for as long as it takes, and close it at the end."""
 
     async def attach() -> None:
-        while not service.attached:
+        for pause_s in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
             try:
                 await service.client.connect(_CONNECT_TIMEOUT_S, wait_ready=True)
-                service.attached = True
-            except UnavailableError as error:
+                break
+            except TandemError as error:
                 _log.warning("not connected yet: %s", error)
+                service.fault = error.message
+                await asyncio.sleep(pause_s)
+        service.attached, service.fault = True, ""
         if ready_bell is not None:
             ready_bell.ring()
 
@@ -87,10 +92,18 @@ async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncItera
 
 
 async def serve(
-    client: AsyncClient, listener: socket.socket, *, watchdog_timeout_s: float, ready_bell: Doorbell | None = None
+    client: AsyncClient,
+    listener: socket.socket,
+    config: HttpConfig,
+    *,
+    close_timeout_s: float,
+    ready_bell: Doorbell | None = None,
 ) -> None:
-    """Serve HTTP on `listener` for the scheduler of `client` until SIGTERM (or SIGINT, if not ignored)."""
-    service = Service(client, watchdog_timeout_s=watchdog_timeout_s)
+    """Serve HTTP on `listener` for the scheduler of `client` until SIGTERM (or SIGINT, if not ignored).
+
+    Then no new connection is taken, and open responses have `close_timeout_s` seconds before they end with an error.
+    """
+    service = Service(client, config)
     server = _HttpServer(
         uvicorn.Config(
             make_app(service),
@@ -103,17 +116,28 @@ async def serve(
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
         )
     )
     loop = asyncio.get_running_loop()
+    closing: list[asyncio.Task[None]] = []
+
+    async def close_open_responses() -> None:
+        await asyncio.sleep(close_timeout_s)
+        await client.close(UnavailableError("this frontend is shutting down"))
+
+    def stop() -> None:
+        server.stop()
+        closing.append(loop.create_task(close_open_responses()))
+
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, server.stop)
+            loop.add_signal_handler(number, stop)
     async with _attached(service, ready_bell):
         gc.collect()
         gc.freeze()
         await server.serve(sockets=[listener])
+        for task in closing:
+            task.cancel()
 
 
 def _run(service: Coroutine[None, None, None]) -> int:
@@ -129,7 +153,8 @@ def run(config: EngineConfig, channels: FrontendChannels) -> int:
         serve(
             AsyncClient(channels.scheduler, name="http"),
             socket.socket(fileno=channels.listen_fd),
-            watchdog_timeout_s=config.watchdog_timeout_s,
+            config.http,
+            close_timeout_s=_CLOSE_TIMEOUT_S,
             ready_bell=Doorbell(channels.ready_bell),
         )
     )
@@ -144,17 +169,18 @@ def start(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `engine-frontend`: one more HTTP server for a scheduler that runs already."""
+    from frontend import flags
     from frontend.launch import bind_http, url_of
 
-    parser = argparse.ArgumentParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
+    parser = flags.FlagParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the scheduler's, such as ipc:///tmp/…")
     parser.add_argument("--auth-keys", metavar="DIR", help="key folder of this client, for a tcp endpoint")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the engine's model folder, if this host has it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--watchdog-timeout", type=float, default=60.0, metavar="S")
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    flags.http_flags(parser)
     try:
+        options = parser.parse_args(sys.argv[1:] if argv is None else argv)
         check_one_place(ipc, frontend)
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         client = AsyncClient(options.connect, name="http", tokenizer=tokenizer, auth_keys=options.auth_keys)
@@ -162,4 +188,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return fail("engine-frontend", error)
     print(f"Frontend on {url_of(listener)}", flush=True)
-    return _run(serve(client, listener, watchdog_timeout_s=options.watchdog_timeout))
+    config = flags.http_config(options)
+    return _run(serve(client, listener, config, close_timeout_s=config.shutdown_timeout_s))

@@ -40,6 +40,7 @@ from frontend.openai import (
 )
 from frontend.shapes import ChatShape, CompletionShape
 from frontend.tokenizer import Tokenizer
+from ipc.config import HttpConfig
 from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
 
 AnyRequest = Request[Any, Any, Any]
@@ -55,19 +56,21 @@ _log: Final = logging.getLogger(__name__)
 class Service:
     """What every handler needs: the client, and what is known of the engine behind it."""
 
-    def __init__(self, client: AsyncClient, *, watchdog_timeout_s: float, metrics_prefix: str) -> None:
+    def __init__(self, client: AsyncClient, config: HttpConfig) -> None:
         self.client = client
         self.attached = False  # the client has connected once and has its tokenizer
+        self.fault = ""  # why the last attempt to connect was refused
         self.started_s = int(time.time())
-        self._watchdog_timeout_s = watchdog_timeout_s
-        self._metrics_prefix = metrics_prefix
+        self._config = config
         self._registry: CollectorRegistry | None = None
 
     @property
     def registry(self) -> CollectorRegistry:
         """Made when first asked for: the model's name is known once connected."""
         if self._registry is None:
-            self._registry = make_registry(self._metrics_prefix, self.client.card.name, lambda: self.client.last_stats)
+            self._registry = make_registry(
+                self._config.metrics_prefix, self.client.card.name, lambda: self.client.last_stats
+            )
         return self._registry
 
     @property
@@ -81,7 +84,7 @@ class Service:
     def require_connected(self) -> None:
         """Raise UnavailableError unless the scheduler answers and the tokenizer is loaded."""
         if not (self.attached and self.client.connected):
-            raise UnavailableError("the engine does not answer; it is starting or has gone")
+            raise UnavailableError(self.fault or "the engine does not answer; it is starting or has gone")
 
     def require_ready(self) -> None:
         """Raise UnavailableError unless requests can be served."""
@@ -95,7 +98,7 @@ class Service:
         if self.client.draining:
             raise UnavailableError("the engine is shutting down")
         stats = self.client.last_stats
-        if stats is not None and stats.step_age_ns * 1e-9 > self._watchdog_timeout_s:
+        if stats is not None and stats.step_age_ns * 1e-9 > self._config.watchdog_timeout_s:
             raise UnavailableError(f"no step finished for {stats.step_age_ns * 1e-9:.0f} s")
 
     def require_model(self, name: str | None) -> None:

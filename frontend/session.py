@@ -130,14 +130,14 @@ class Session:
         assert self.welcome is not None, "connected without a Welcome"
         return self.welcome
 
-    async def close(self) -> None:
-        """Say Goodbye, fail what is still open with CancelledError, release the socket. May be called twice."""
+    async def close(self, error: TandemError | None = None) -> None:
+        """Say Goodbye, fail what is still open with `error`, release the socket. May be called twice."""
         if self._context is None:
             return
         context, self._context = self._context, None
         if self._beats is not None:
             self._beats.cancel()
-        self._fail_all(CancelledError("the client was closed"))
+        self._fail_all(error or CancelledError("the client was closed"))
         self._offer(Goodbye())
         self._close_socket(_GOODBYE_MS)
         self.connected = False

@@ -18,6 +18,14 @@ ConfigT = TypeVar("ConfigT")
 ChannelsT = TypeVar("ChannelsT")
 
 
+class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a serving frontend is told, whether the launcher or a user starts it."""
+
+    watchdog_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 30.0  # for open responses after SIGTERM
+    metrics_prefix: str = "engine"
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One engine: its model, limits and policies. Automatic choices that need no GPU are made before this exists."""
 
@@ -42,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     watchdog_timeout_s: float = 60.0
     frontend_endpoint: str = ""  # tcp://HOST:PORT for frontends of other hosts, beside the private ipc one
     auth_keys: str = ""  # key folder of the engine; needed for it
+    http: HttpConfig = HttpConfig()
 
     @property
     def limits(self) -> FrameLimits:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +73,7 @@ class Histograms:
         row[0] += value
         row[1 + int(_EDGES[which].searchsorted(value))] += 1
 
-    def observe_many(self, which: Distribution, values: npt.NDArray[np.float64]) -> None:
+    def observe_many(self, which: Distribution, values: npt.NDArray[np.floating[Any]]) -> None:
         """`values` [n]."""
         row = self._table[which]
         row[0] += values.sum()

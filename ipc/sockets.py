@@ -22,6 +22,7 @@ from ipc.schema import MAX_MESSAGE_BYTES
 _PREFIX: Final = "tandem-ipc-"
 _SOCKETS: Final = ("frontend.sock", "control.sock")
 _ADDRESS_BYTES: Final = 107  # of a unix socket
+_RECONNECT_MAX_MS: Final = 2000  # pauses between attempts double from 100 ms to this
 HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
 
 
@@ -53,6 +54,7 @@ def connect_dealer(
     socket = context.socket(zmq.DEALER)
     _configure(socket)
     socket.setsockopt(zmq.IDENTITY, identity)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
     try:
         if endpoint.startswith("tcp://") and keys is not None:
             secure_client(socket, endpoint, keys)

@@ -24,12 +24,14 @@ from tests.frontend.tokenizers_for_tests import byte_level_tokenizer
 WAIT_S = 30.0
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[1, 3], ids=["one frontend", "three frontends"])
+def engine(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Everything below holds with one frontend and with several behind one port."""
     folder = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    flags = ("--fake-executor", "--device", "cpu", "--max-num-seqs", "64", "--frontends", str(request.param))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGINE_FAKE_STEP_US", "1000")
-        with running_engine("--fake-executor", "--device", "cpu", "--max-num-seqs", "64", model=folder) as engine:
+        with running_engine(*flags, model=folder) as engine:
             yield engine
 
 
