@@ -5,6 +5,7 @@ One place counts, so `/metrics` is the same through every frontend. Names are vL
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
@@ -68,10 +69,10 @@ class Histograms:
     def __init__(self) -> None:
         self._table = np.zeros((len(FAMILIES), 1 + _BUCKETS))
 
-    def observe(self, which: Distribution, value: float) -> None:
+    def observe(self, which: Distribution, value: float, times: int = 1) -> None:
         row = self._table[which]
-        row[0] += value
-        row[1 + int(_EDGES[which].searchsorted(value))] += 1
+        row[0] += value * times
+        row[1 + bisect_left(FAMILIES[which].edges, value)] += times
 
     def observe_many(self, which: Distribution, values: npt.NDArray[np.floating[Any]]) -> None:
         """`values` [n]."""

@@ -71,6 +71,12 @@ def observe_tokens(histograms: Histograms, slots: SlotTable, slot: npt.NDArray[n
     """Each of `slot` [rows] got a token."""
     last_ns = slots.last_token_ns[slot]
     slots.last_token_ns[slot] = now_ns
+    if not len(slot):
+        return
+    common_ns = int(last_ns[0])
+    if common_ns and (last_ns == common_ns).all():  # the usual step: all had their last token in the same one
+        histograms.observe(Distribution.INTER_TOKEN_S, (now_ns - common_ns) * _S, len(slot))
+        return
     later = last_ns > 0
     if not later.all():
         for index in slot[~later].tolist():

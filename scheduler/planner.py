@@ -179,7 +179,7 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
     blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else np.empty((3, 0), np.int32)
     flags = PlanFlag(int(np.bitwise_or.reduce(slots.features[row_slot])))
     state.seq += 1
-    state.histograms.observe(Distribution.STEP_TOKENS, int(query_len.sum()))
+    state.histograms.observe(Distribution.STEP_TOKENS, state.limits.max_tokens - draft.budget)
     plan = Plan(
         seq=state.seq,
         epoch=state.epoch,

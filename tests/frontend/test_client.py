@@ -207,7 +207,7 @@ def test_a_stop_string_ends_the_text_and_aborts(one_frame: bool, include: bool, 
         assert (choice.finish_reason, choice.stop_reason) == ("stop", " fox")
         assert choice.token_ids == tuple(ids[:used])
         admit = await arrived(scheduler, Admit)
-        assert (await arrived(scheduler, Abort)).request_ids == [admit.request_id]
+        assert (await arrived(scheduler, Abort)).stopped_ids == [admit.request_id]
 
     with_client(script, body)
 
@@ -217,7 +217,7 @@ def test_a_choice_that_met_its_stop_string_is_aborted_while_others_run(tokenizer
         task = asyncio.create_task(client.generate("say it", n=2, stop="fox"))
         first, second = [(await arrived(scheduler, Admit)).request_id for _ in range(2)]
         scheduler.send(tokens([(first, token, RUNNING) for token in tokenizer.encode("the fox")]))
-        assert (await arrived(scheduler, Abort)).request_ids == [first]
+        assert (await arrived(scheduler, Abort)).stopped_ids == [first]
         scheduler.send(tokens([(second, tokenizer.encode("x")[0], LENGTH)]))
         assert [choice.text for choice in (await task).choices] == ["the ", "x"]
 
