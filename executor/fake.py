@@ -74,7 +74,7 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
         poison = fault.strike(step)
         plan = read_plan(payload)
         result_seq, result = wire.begin_result()
-        tokens = model.step(plan)
+        tokens = np.concatenate((model.step(plan), plan.score_token))
         if poison:
             tokens[0] = INVALID_TOKEN
         result[layout.token : layout.token + tokens.nbytes].view(np.int32)[:] = tokens
@@ -89,7 +89,7 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
             result,
             seq=plan.seq,
             epoch=plan.epoch,
-            num_rows=plan.num_rows,
+            num_rows=plan.num_rows + len(plan.score_token),
             has_logprobs=has_logprobs,
             device_ns=end_ns - start_ns if step_ns else 0,
             gap_ns=start_ns - previous_end_ns if previous_end_ns else 0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from frontend.detokenizer import Detokenizer
-from frontend.inflight import Flight
+from frontend.inflight import Flight, LogprobRow
 from frontend.request import Choice, Chunk, GenerateParams, TokenLogprob
 from frontend.tokenizer import Tokenizer
 from ipc.schema import FinishReason, ModelCard
@@ -23,7 +23,8 @@ class Assembler:
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(params.stop_token_ids) - frozenset(() if params.ignore_eos else card.eos_token_ids)
-        self._top = params.logprobs
+        self._top, self._prompt_top = params.logprobs, params.prompt_logprobs
+        self._prompt = prompt
         self._done = False
         self._text = None
         if tokenizer is not None:
@@ -64,19 +65,27 @@ class Assembler:
             stop_reason=reason,
             logprobs=self._logprobs(flight, first, ids[:used]),
             cached_tokens=flight.cached_tokens,
+            prompt_logprobs=self._prompt_logprobs(flight) if first == 0 else None,
         )
 
     def _logprobs(self, flight: Flight, first: int, ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:
         if flight.logprobs is None or self._top is None:
             return None
-        rows = flight.logprobs[first : first + len(ids)]
+        return self._named(ids, flight.logprobs[first : first + len(ids)], self._top)
+
+    def _prompt_logprobs(self, flight: Flight) -> tuple[TokenLogprob, ...] | None:
+        if self._prompt_top is None:
+            return None
+        return self._named(self._prompt[1:], flight.prompt_logprobs, self._prompt_top)
+
+    def _named(self, ids: Sequence[int], rows: Sequence[LogprobRow], width: int) -> tuple[TokenLogprob, ...]:
         return tuple(
             TokenLogprob(
-                token_id=token,
-                token=self._name(token),
+                token_id=int(token),
+                token=self._name(int(token)),
                 logprob=logprob,
                 rank=rank,
-                top=tuple((t, self._name(t), p) for t, p in zip(top[: self._top], top_logprob, strict=False)),
+                top=tuple((t, self._name(t), p) for t, p in zip(top[:width], top_logprob, strict=False)),
             )
             for token, (logprob, rank, top, top_logprob) in zip(ids, rows, strict=True)
         )
@@ -94,12 +103,14 @@ class Collected:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     last: Chunk | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     def add(self, chunk: Chunk) -> None:
         self.text.append(chunk.text)
         self.token_ids.extend(chunk.token_ids)
         self.logprobs.extend(chunk.logprobs or ())
         self.cached_tokens = chunk.cached_tokens
+        self.prompt_logprobs = self.prompt_logprobs or chunk.prompt_logprobs
         self.last = chunk
 
     def choice(self, index: int) -> Choice:
@@ -111,4 +122,5 @@ class Collected:
             finish_reason=self.last.finish_reason,
             stop_reason=self.last.stop_reason,
             logprobs=None if self.last.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=self.prompt_logprobs,
         )

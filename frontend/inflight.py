@@ -70,6 +70,7 @@ class Flight:
         "params",
         "priority",
         "prompt",
+        "prompt_logprobs",
         "request_id",
         "taken",
         "tokens",
@@ -87,6 +88,7 @@ class Flight:
         self.request_id = UNSENT  # given at submission
         self.tokens = array("i")
         self.logprobs: list[LogprobRow] | None = None if params.logprobs < 0 else []  # as long as tokens
+        self.prompt_logprobs: list[LogprobRow] = []  # of prompt[1:], complete with the first token
         self.cached_tokens = 0
         self.taken = 0  # tokens the reader has had
         self.finish = FinishReason.RUNNING

@@ -27,7 +27,6 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
     ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", lambda s: 1 - s.blocks_free / max(s.blocks_total, 1)),
     ("inflight_steps", "Steps planned and not yet retired.", lambda s: s.inflight),
     ("frontends", "Frontends connected to the scheduler.", lambda s: s.frontends),
-    ("longest_bubble_seconds", "Longest gap of the device while there was work.", lambda s: s.longest_bubble_ns * _NS),
     ("longest_step_seconds", "Longest step on the device.", lambda s: s.longest_step_ns * _NS),
     ("executor_epoch", "Lives of the executor before this one.", lambda s: s.epoch),
     (
@@ -49,8 +48,6 @@ _COUNTERS: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
     ("device_busy_seconds", "Time the device computed.", lambda s: s.device_ns * _NS),
     ("device_bubble_seconds", "Time the device waited while there was work.", lambda s: s.bubble_ns * _NS),
     ("device_bubbles", "Times the device waited while there was work.", lambda s: s.bubbles),
-    ("device_bubbles", "Gaps of the device while there was work that were worth a name.", lambda s: s.bubbles),
-    ("compilations", "Kernels compiled and graphs captured while serving; stays 0.", lambda s: s.compilations),
     ("scheduler_plan_seconds", "Host time spent planning.", lambda s: s.plan_ns * _NS),
     ("scheduler_retire_seconds", "Host time spent on results.", lambda s: s.retire_ns * _NS),
     ("executor_launch_seconds", "Host time spent launching.", lambda s: s.launch_ns * _NS),

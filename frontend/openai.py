@@ -57,6 +57,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
     best_of: int | None = None
 
@@ -170,6 +171,8 @@ def _refuse_unsupported(request: SamplingFields) -> None:
     kind = (request.response_format or {}).get("type", "text")
     if kind != "text":
         raise InvalidParameterError(f"response_format {kind!r} is not supported, only 'text'", param="response_format")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidParameterError("prompt_logprobs are not available in a stream", param="prompt_logprobs")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise InvalidParameterError(
             f"best_of must equal n, got best_of {request.best_of} and n {request.n or 1}", param="best_of"
@@ -186,9 +189,9 @@ def completion_params(request: CompletionRequest) -> GenerateParams:
     _refuse_unsupported(request)
     if request.suffix:
         raise InvalidParameterError("suffix is not supported", param="suffix")
-    if request.echo and request.logprobs is not None:
-        raise InvalidParameterError("echo together with logprobs is not supported", param="echo")
     values = {"max_tokens": DEFAULT_MAX_TOKENS, "logprobs": request.logprobs} | _common_params(request)
+    if request.echo and request.logprobs is not None:
+        values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     return GenerateParams(**values)
 
 

@@ -66,6 +66,7 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "frequency_penalty": _Range(Real, -2.0, 2.0),
     "seed": _Range(Integral, -_INT64_MAX - 1, _INT64_MAX, optional=True),
     "logprobs": _Range(Integral, 0, _INT32_MAX, optional=True),
+    "prompt_logprobs": _Range(Integral, 0, _INT32_MAX, optional=True),
     "n": _Range(Integral, 1, MAX_CHOICES),
     "priority": _Range(Integral, -_INT32_MAX, _INT32_MAX),
 }
@@ -91,6 +92,7 @@ class GenerateParams:
     frequency_penalty: float = 0.0
     seed: int | None = None  # choice i uses seed + i; None draws one
     logprobs: int | None = None  # None = off, 0 = of the sampled token, N = of the N most probable too
+    prompt_logprobs: int | None = None  # the same, of every prompt token but the first
     logit_bias: Mapping[int, float] | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -153,6 +155,7 @@ class Chunk:
     stop_reason: int | str | None  # the stop id or stop string that ended it; None for end of sequence
     logprobs: tuple[TokenLogprob, ...] | None  # one for each of token_ids
     cached_tokens: int  # prompt tokens that were found in the prefix cache
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of prompt[1:], in the first chunk of a choice that asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,7 @@ class Choice:
     finish_reason: str
     stop_reason: int | str | None
     logprobs: tuple[TokenLogprob, ...] | None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of prompt[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +228,10 @@ def prepare(params: GenerateParams, card: ModelCard, prompt_tokens: int) -> list
     max_tokens = room if params.max_tokens is None else wanted
     if params.min_tokens > max_tokens:
         raise _invalid("min_tokens", f"at most {max_tokens}, the room the prompt leaves", params.min_tokens)
-    if params.logprobs is not None and params.logprobs > card.max_logprobs:
-        raise _invalid("logprobs", f"at most {card.max_logprobs} for this engine", params.logprobs)
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(params, name)
+        if asked is not None and asked > card.max_logprobs:
+            raise _invalid(name, f"at most {card.max_logprobs} for this engine", asked)
     bias = {int(token): float(value) for token, value in (params.logit_bias or {}).items()}
     stop_ids = tuple(map(int, params.stop_token_ids))
     for name, ids in (("logit_bias", tuple(bias)), ("stop_token_ids", stop_ids)):
@@ -249,6 +255,7 @@ def prepare(params: GenerateParams, card: ModelCard, prompt_tokens: int) -> list
             logit_bias=bias,
             stop_token_ids=stop_ids,
             ignore_eos=params.ignore_eos,
+            prompt_logprobs=-1 if params.prompt_logprobs is None else int(params.prompt_logprobs),
         )
         for index in range(params.n)
     ]

@@ -38,7 +38,7 @@ from frontend.openai import (
     messages_of,
     prompts_of,
 )
-from frontend.shapes import ChatShape, CompletionShape
+from frontend.shapes import ChatShape, CompletionShape, Echo
 from frontend.tokenizer import Tokenizer
 from ipc.config import HttpConfig
 from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
@@ -143,7 +143,7 @@ async def completions(request: AnyRequest) -> AnyResponse:
         created=int(time.time()),
         model=service.client.card.name,
         prompts=ids,
-        echoes=[_prompt_text(service, prompt) for prompt in prompts] if asked.echo else None,
+        echoes=[_echo(service, *pair) for pair in zip(prompts, ids, strict=True)] if asked.echo else None,
     )
     return await _answer(request, Job(ids, params, shape), stream=bool(asked.stream))
 
@@ -154,8 +154,10 @@ async def _prompt_ids(service: Service, prompt: str | list[int], add_special_tok
     return prompt
 
 
-def _prompt_text(service: Service, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt, skip_special_tokens=False)
+def _echo(service: Service, prompt: str | list[int], ids: Sequence[int]) -> Echo:
+    tokenizer = service.tokenizer
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
+    return Echo(text, tokenizer.token_text(ids[0]) if ids else "")
 
 
 @post("/v1/chat/completions")

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import zmq
 
-from frontend.inflight import Flight, column, finish_reason, logprob_rows
+from frontend.inflight import Flight, LogprobRow, column, finish_reason, logprob_rows
 from ipc.auth import ClientKeys, check_endpoint
 from ipc.clock import now_ns
 from ipc.errors import (
@@ -245,6 +245,8 @@ class Session:
             started = self._flights.get(request_id)
             if started is not None:
                 started.cached_tokens = cached
+        if frame.scores is not None:
+            self._on_scores(column(frame.scored_id, np.int64), logprob_rows(frame.scores))
         logprobs = {} if frame.logprobs is None else logprob_rows(frame.logprobs)
         ids, tokens = column(frame.request_id, np.int64), column(frame.token, np.int32)
         finishes = column(frame.finish, np.uint8)
@@ -267,6 +269,14 @@ class Session:
             elif not flight.mailbox.each_token:
                 continue
             flight.mailbox.post(flight)
+
+    def _on_scores(self, ids: list[int], rows: dict[int, LogprobRow]) -> None:
+        if list(rows) != list(range(len(ids))):
+            raise ProtocolError(f"{len(rows)} scores of {len(ids)} prompt tokens")
+        for row, request_id in enumerate(ids):
+            flight = self._flights.get(request_id)
+            if flight is not None:
+                flight.prompt_logprobs.append(rows[row])
 
     def _on_rejected(self, message: Rejected) -> None:
         error = from_code(message.code, message.message, message.param)

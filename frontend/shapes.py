@@ -6,7 +6,7 @@ Called by the HTTP server, once a chunk: pure, and encoded once. A shape knows o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -41,6 +41,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: Sequence[dict[str, Any] | None] | UnsetType = UNSET
     token_ids: Sequence[int] | UnsetType = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
@@ -71,6 +72,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: Sequence[CompletionChoice | ChatChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_logprobs: Sequence[dict[str, Any] | None] | UnsetType = UNSET
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
@@ -90,8 +92,15 @@ class Shape(Protocol):
         """The JSON of a response that is not streamed."""
 
 
+class Echo(NamedTuple):
+    """A prompt to be repeated: its text, and that of its first token alone."""
+
+    text: str
+    first_token: str
+
+
 class CompletionShape:
-    """/v1/completions. `prompts` are the token ids, `echoes` the prompt texts if they are to be repeated."""
+    """/v1/completions. `prompts` are the token ids, `echoes` the prompts if they are to be repeated."""
 
     def __init__(
         self,
@@ -101,7 +110,7 @@ class CompletionShape:
         created: int,
         model: str,
         prompts: Sequence[Sequence[int]],
-        echoes: Sequence[str] | None,
+        echoes: Sequence[Echo] | None,
     ) -> None:
         self._head = _head(response_id, "text_completion", created, model)
         self._request = request
@@ -116,16 +125,24 @@ class CompletionShape:
     def _choice(self, index: int, part: Chunk | Choice) -> CompletionChoice:
         prompt = index // self._choices_per_prompt
         first = index not in self._written
-        text = (self._echoes[prompt] if self._echoes and first else "") + part.text
+        echo = self._echoes[prompt] if self._echoes and first else None
+        text = part.text if echo is None else echo.text + part.text
         offset = self._written.get(index, 0)
         self._written[index] = offset + len(text)
+        logprobs = None
+        if part.logprobs is not None:
+            start = offset if echo is None else len(echo.text)
+            logprobs = _completion_logprobs(part.logprobs, start, self._request.logprobs or 0)
+            if echo is not None:
+                logprobs = _with_prompt(echo, part.prompt_logprobs or (), logprobs, self._request.logprobs or 0)
         wants_ids = bool(self._request.return_token_ids)
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=None if part.logprobs is None else _completion_logprobs(part.logprobs, offset),
+            logprobs=logprobs,
             finish_reason=part.finish_reason,
             stop_reason=part.stop_reason,
+            prompt_logprobs=_prompt_logprobs(self._request.prompt_logprobs, part),
             token_ids=part.token_ids if wants_ids else UNSET,
             prompt_token_ids=self._prompts[prompt] if wants_ids and first else UNSET,
         )
@@ -205,7 +222,11 @@ class ChatShape:
             )
             for choice in choices
         ]
-        return msgspec.json.encode(Body(**self._head, choices=written, usage=usage, prompt_token_ids=self._prompt))
+        prompt_logprobs = _prompt_logprobs(self._request.prompt_logprobs, choices[0])
+        body = Body(
+            **self._head, choices=written, usage=usage, prompt_logprobs=prompt_logprobs, prompt_token_ids=self._prompt
+        )
+        return msgspec.json.encode(body)
 
 
 def _head(response_id: str, kind: str, created: int, model: str) -> dict[str, Any]:
@@ -221,7 +242,29 @@ def _finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+def _prompt_logprobs(width: int | None, part: Chunk | Choice) -> list[dict[str, Any] | None] | UnsetType:
+    """vLLM's `prompt_logprobs`: for each prompt token but the first, token id -> log-probability, rank and text."""
+    if width is None or part.prompt_logprobs is None:
+        return UNSET
+
+    def one(logprob: float, rank: int, text: str) -> dict[str, Any]:
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text}
+
+    return [None] + [
+        {str(entry.token_id): one(entry.logprob, entry.rank, entry.token)}
+        | {str(token): one(logprob, rank, text) for rank, (token, text, logprob) in enumerate(entry.top[:width], 1)}
+        for entry in part.prompt_logprobs
+    ]
+
+
+def _with_prompt(echo: Echo, prompt: Sequence[TokenLogprob], generated: dict[str, Any], width: int) -> dict[str, Any]:
+    """The log-probabilities of an echoed prompt, whose first token has none, before those of what was generated."""
+    first = {"tokens": echo.first_token, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+    rest = _completion_logprobs(prompt, len(echo.first_token), width)
+    return {name: [value, *rest[name], *generated[name]] for name, value in first.items()}
+
+
+def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int, width: int) -> dict[str, Any]:
     offsets = []
     for entry in entries:
         offsets.append(offset)
@@ -230,7 +273,7 @@ def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[s
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [_finite(entry.logprob) for entry in entries],
         "top_logprobs": [
-            {text: _finite(logprob) for _, text, logprob in entry.top} | {entry.token: _finite(entry.logprob)}
+            {text: _finite(logprob) for _, text, logprob in entry.top[:width]} | {entry.token: _finite(entry.logprob)}
             for entry in entries
         ],
         "text_offset": offsets,

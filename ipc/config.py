@@ -64,7 +64,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def result_layout(self) -> ResultLayout:
-        return ResultLayout(self.max_num_seqs, self.card.max_logprobs)
+        return ResultLayout(self.limits.max_results, self.card.max_logprobs)
 
 
 class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):

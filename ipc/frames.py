@@ -10,13 +10,14 @@ What a plan means, in this order:
     history   token counts of an admitted slot that uses penalties: zeroed, then set from these
     block     block_table[slot, index] = block
     row       `query_len` tokens of one slot run at its position, which advances; every row samples one token
+    score     a token of the step whose successor in the prompt is known: how probable was that one
 A decode row (the first NUM_DECODE rows) is only its slot: its input token is last_token[slot], which stays on the GPU.
 A prefill row brings its tokens. A row whose `sample` is 0 ends inside the prompt: its token is ignored by everyone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 NULL_BLOCK: Final = 0  # never allocated: padding rows write there
+SPARE_SCORES: Final = 32  # scores that a step has room for even when every slot runs
 MAX_BIAS: Final = 320  # rows of a slot's bias table: OpenAI allows 300 biases, the rest is for stop ids
 INVALID_TOKEN: Final = -1  # in a result: the row's logits were NaN
 _ALIGN: Final = 16
@@ -52,6 +54,7 @@ class PlanWord(IntEnum):
     NUM_HISTORY = 10
     MAX_QUERY_LEN = 11
     MAX_KV_LEN = 12  # longest position + query_len of any row
+    NUM_SCORES = 13
     OFFSETS = 16  # byte offset of each column, in the order of PLAN_COLUMNS
 
 
@@ -106,6 +109,8 @@ _COLUMNS: Final[tuple[tuple[str, type, int, PlanWord], ...]] = (
     ("history_slot", np.int32, 1, PlanWord.NUM_HISTORY),
     ("history_token", np.int32, 1, PlanWord.NUM_HISTORY),  # unique within a slot
     ("history_count", np.int32, 1, PlanWord.NUM_HISTORY),  # bit 0: in the prompt; count << 1: times generated
+    ("score_index", np.int32, 1, PlanWord.NUM_SCORES),  # which token of the step, decode rows counted
+    ("score_token", np.int32, 1, PlanWord.NUM_SCORES),  # the one that follows it in the prompt
 )
 PLAN_COLUMNS: Final = tuple(name for name, *_ in _COLUMNS)
 _HEADER_BYTES: Final = (int(PlanWord.OFFSETS) + len(_COLUMNS) + 7) // 8 * 64
@@ -135,6 +140,11 @@ class FrameLimits:
         return self.max_blocks_per_seq + self.max_tokens // self.block_size + 2 * self.max_rows
 
     @property
+    def max_results(self) -> int:
+        """Rows and scores of a step: what the result's columns hold."""
+        return self.max_rows + SPARE_SCORES
+
+    @property
     def max_plan_bias(self) -> int:
         return 8 * MAX_BIAS
 
@@ -151,6 +161,7 @@ class FrameLimits:
             PlanWord.NUM_ADMITS: self.max_rows,
             PlanWord.NUM_BIAS: self.max_plan_bias,
             PlanWord.NUM_HISTORY: self.max_plan_history,
+            PlanWord.NUM_SCORES: self.max_results,
         }
         return _HEADER_BYTES + sum(_aligned(4 * width * counts[word]) for _, _, width, word in _COLUMNS)
 
@@ -188,6 +199,9 @@ class Plan:
     history_slot: Int32
     history_token: Int32
     history_count: Int32
+    # [scores]
+    score_index: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    score_token: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -259,7 +273,7 @@ class ResultWord(IntEnum):
 
     SEQ = 0
     EPOCH = 1
-    NUM_ROWS = 2
+    NUM_ROWS = 2  # and scores
     HAS_LOGPROBS = 3
     DEVICE_NS = 4  # compute stream, first to last kernel of the step (CUDA events)
     GAP_NS = 5  # compute stream idle between the previous step and this one
@@ -275,7 +289,7 @@ RESULT_HEADER_BYTES: Final = 128
 class ResultLayout:
     """Byte offsets of a result's columns. Fixed, so the device writes the same layout and one copy brings it home."""
 
-    max_rows: int
+    max_results: int  # rows and scores of a step
     max_logprobs: int
 
     @property
@@ -284,32 +298,33 @@ class ResultLayout:
 
     @property
     def logprob(self) -> int:
-        """Log-probability of the sampled token, float32 [max_rows]."""
-        return self.token + _aligned(4 * self.max_rows)
+        """Log-probability of the sampled or scored token, float32 [max_results]."""
+        return self.token + _aligned(4 * self.max_results)
 
     @property
     def rank(self) -> int:
-        """Rank of the sampled token among all, 1 = most probable, int32 [max_rows]."""
-        return self.logprob + _aligned(4 * self.max_rows)
+        """Rank of that token among all, 1 = most probable, int32 [max_results]."""
+        return self.logprob + _aligned(4 * self.max_results)
 
     @property
     def top_token(self) -> int:
-        """int32 [max_rows, max_logprobs], most probable first."""
-        return self.rank + _aligned(4 * self.max_rows)
+        """int32 [max_results, max_logprobs], most probable first."""
+        return self.rank + _aligned(4 * self.max_results)
 
     @property
     def top_logprob(self) -> int:
-        """float32 [max_rows, max_logprobs]."""
-        return self.top_token + _aligned(4 * self.max_rows * self.max_logprobs)
+        """float32 [max_results, max_logprobs]."""
+        return self.top_token + _aligned(4 * self.max_results * self.max_logprobs)
 
     @property
     def nbytes(self) -> int:
-        return self.top_logprob + _aligned(4 * self.max_rows * self.max_logprobs)
+        return self.top_logprob + _aligned(4 * self.max_results * self.max_logprobs)
 
 
 @dataclass(slots=True)
 class Result:
-    """One step's outcome, as read from a ring slot. Rows are in the order of the plan."""
+    """One step's outcome, as read from a ring slot. Rows are in the order of the plan, and then its scores; the token
+    of a score is the one the plan named."""
 
     seq: int
     epoch: int
@@ -317,7 +332,7 @@ class Result:
     gap_ns: int
     launch_ns: int
     hidden: bool
-    token: Int32  # [rows]
+    token: Int32  # [rows + scores]; so are the others
     logprob: Float32 | None  # [rows]; None unless the plan asked for logprobs
     rank: Int32 | None  # [rows]
     top_token: Int32 | None  # [rows, max_logprobs]
@@ -346,8 +361,8 @@ def read_result(payload: Bytes, layout: ResultLayout) -> Result:
     """Views into a result slot (no copy): valid until the slot is acknowledged."""
     words = payload[:RESULT_HEADER_BYTES].view(np.int64)
     rows, has_logprobs = int(words[ResultWord.NUM_ROWS]), bool(words[ResultWord.HAS_LOGPROBS])
-    if not 0 <= rows <= layout.max_rows:
-        raise ProtocolError(f"result of {rows} rows, the ring was made for {layout.max_rows}")
+    if not 0 <= rows <= layout.max_results:
+        raise ProtocolError(f"result of {rows} rows and scores, the ring was made for {layout.max_results}")
 
     def column(offset: int, dtype: type, width: int = 1) -> Any:
         values: npt.NDArray[Any] = payload[offset : offset + 4 * rows * width].view(dtype)

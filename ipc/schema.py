@@ -61,6 +61,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, array_like=True):
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    prompt_logprobs: int = -1  # like logprobs, of each prompt token but the first
 
 
 class ModelCard(msgspec.Struct, frozen=True, array_like=True):
@@ -130,7 +131,7 @@ class Rejected(Message, frozen=True, tag="rejected"):
 class Logprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Log-probabilities of rows of a Tokens frame. Packed columns over the rows named by `row`."""
 
-    row: bytes  # int32 [n], index into the frame's rows
+    row: bytes  # int32 [n], index into the frame's rows, or into its scored_id
     logprob: bytes  # float32 [n]
     rank: bytes  # int32 [n]
     width: int  # N of the widest request
@@ -147,6 +148,8 @@ class Tokens(Message, frozen=True, tag="tokens"):
     started_id: bytes = b""  # int64 [started]: requests that left the queue
     started_cached: bytes = b""  # int32 [started]: their prompt tokens found in the prefix cache
     logprobs: Logprobs | None = None
+    scored_id: bytes = b""  # int64 [scored]: whose prompt the rows of `scores` are of, each prompt in order
+    scores: Logprobs | None = None
 
 
 class Draining(Message, frozen=True, tag="draining"):

@@ -45,6 +45,10 @@ def check_params(params: SamplingParams, card: ModelCard, prompt_len: int) -> No
         raise InvalidParameterError(
             f"logprobs is {params.logprobs}, the limit is {card.max_logprobs}", param="logprobs"
         )
+    if not -1 <= params.prompt_logprobs <= card.max_logprobs:
+        raise InvalidParameterError(
+            f"prompt_logprobs is {params.prompt_logprobs}, the limit is {card.max_logprobs}", param="prompt_logprobs"
+        )
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < card.vocab_size:

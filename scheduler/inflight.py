@@ -19,3 +19,6 @@ class PlanRecord:
     generation: npt.NDArray[np.int64]  # [rows], of each slot when it was planned
     sample: npt.NDArray[np.bool_]  # [rows], False for a chunk that ends inside the prompt
     flags: PlanFlag
+    # [scores]
+    score_slot: npt.NDArray[np.int32]
+    score_generation: npt.NDArray[np.int64]

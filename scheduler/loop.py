@@ -149,6 +149,10 @@ class Loop:
             peer = self.peers.get(index)
             assert peer is not None, f"a request of frontend {index} outlived it"
             peer.outbox.add(delivery, result, np.flatnonzero(delivery.peer == index))
+        for index in np.unique(delivery.score_peer).tolist() if len(delivery.score_peer) else ():
+            peer = self.peers.get(index)
+            assert peer is not None, f"a scored request of frontend {index} outlived it"
+            peer.outbox.add_scores(delivery, result, np.flatnonzero(delivery.score_peer == index))
 
     def deliver(self) -> None:
         """Send each frontend one frame with all it is owed; what does not fit its socket waits and coalesces."""
@@ -160,7 +164,7 @@ class Loop:
         for peer in self.peers:
             if peer.outbox and self._send(peer, peer.outbox.message()):
                 peer.outbox.clear()
-            elif peer.outbox.rows > MAX_BACKLOG_ROWS:
+            elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
                 self._give_up(peer)
 
     def _send(self, peer: Peer, message: Message) -> bool:
@@ -189,7 +193,7 @@ class Loop:
     def _give_up(self, peer: Peer) -> None:
         """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows."""
         requests = self.state.requests_of(peer.index)
-        log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.rows, len(requests))
+        log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
         for request in requests:
             self.state.finish(request)
         self.state.counters.requests_finished["slow_consumer"] += len(requests)

@@ -23,16 +23,22 @@ class Outbox:
     """Columns not sent yet, each a list of arrays in order."""
 
     rows: int = 0
+    num_scores: int = 0
     started: list[tuple[int, int]] = field(default_factory=list)  # (request id, cached tokens)
     _columns: dict[str, list[npt.NDArray[Any]]] = field(
         default_factory=lambda: {name: [] for name in ("request_id", "token", "finish")}
     )
-    _logprobs: dict[str, list[npt.NDArray[Any]]] = field(
-        default_factory=lambda: {name: [] for name in ("row", "logprob", "rank", "top_token", "top_logprob")}
-    )
+    _logprobs: dict[str, list[npt.NDArray[Any]]] = field(default_factory=lambda: _logprob_columns())
+    _scored_id: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    _scores: dict[str, list[npt.NDArray[Any]]] = field(default_factory=lambda: _logprob_columns())
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.started)
+        return bool(self.rows or self.num_scores or self.started)
+
+    @property
+    def backlog(self) -> int:
+        """Rows and scores not sent yet."""
+        return self.rows + self.num_scores
 
     def add(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
         """Append the rows `mine` [n] of a delivery, in order."""
@@ -53,10 +59,13 @@ class Outbox:
 
     def _add_logprobs(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
         asked = np.flatnonzero(delivery.num_logprobs[mine] >= 0)
-        source = delivery.result_row[mine][asked]
-        self._logprobs["row"].append((asked + self.rows).astype(np.int32))
-        for name in ("logprob", "rank", "top_token", "top_logprob"):
-            self._logprobs[name].append(getattr(result, name)[source])
+        _append(self._logprobs, asked + self.rows, result, delivery.result_row[mine][asked])
+
+    def add_scores(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
+        """Append the scores `mine` [n] of a delivery, in order."""
+        _append(self._scores, np.arange(len(mine)) + self.num_scores, result, delivery.score_result_row[mine])
+        self._scored_id.append(delivery.score_request_id[mine])
+        self.num_scores += len(mine)
 
     def message(self) -> Tokens:
         """One frame of everything; `clear` follows once it is sent."""
@@ -65,18 +74,38 @@ class Outbox:
             **{name: b"".join(c.tobytes() for c in column) for name, column in self._columns.items()},
             started_id=started[:, 0].tobytes(),
             started_cached=started[:, 1].astype(np.int32).tobytes(),
-            logprobs=self._logprobs_message(),
+            logprobs=_message(self._logprobs),
+            scored_id=b"".join(c.tobytes() for c in self._scored_id),
+            scores=_message(self._scores),
         )
 
-    def _logprobs_message(self) -> Logprobs | None:
-        if not self._logprobs["row"]:
-            return None
-        columns = {name: np.concatenate(column) for name, column in self._logprobs.items()}
-        width = columns["top_token"].shape[1]
-        return Logprobs(width=width, **{name: column.tobytes() for name, column in columns.items()})
-
     def clear(self) -> None:
-        self.rows = 0
-        self.started.clear()
-        for column in (*self._columns.values(), *self._logprobs.values()):
+        self.rows = self.num_scores = 0
+        for column in (*self._columns.values(), *self._logprobs.values(), *self._scores.values()):
             column.clear()
+        self.started.clear()
+        self._scored_id.clear()
+
+
+def _logprob_columns() -> dict[str, list[npt.NDArray[Any]]]:
+    return {name: [] for name in ("row", "logprob", "rank", "top_token", "top_logprob")}
+
+
+def _append(
+    columns: dict[str, list[npt.NDArray[Any]]],
+    row: npt.NDArray[np.intp],
+    result: Result,
+    source: npt.NDArray[np.int64],
+) -> None:
+    """Copy the log-probabilities in rows `source` of a result, as rows `row` of the message."""
+    columns["row"].append(row.astype(np.int32))
+    for name in ("logprob", "rank", "top_token", "top_logprob"):
+        columns[name].append(getattr(result, name)[source])
+
+
+def _message(columns: dict[str, list[npt.NDArray[Any]]]) -> Logprobs | None:
+    if not columns["row"]:
+        return None
+    joined = {name: np.concatenate(column) for name, column in columns.items()}
+    width = joined["top_token"].shape[1]
+    return Logprobs(width=width, **{name: column.tobytes() for name, column in joined.items()})

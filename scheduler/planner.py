@@ -32,6 +32,7 @@ class _Draft:
     """A plan in the making: what is not simply the decode rows."""
 
     budget: int  # tokens left
+    results: int  # rows and scores left
     prefill_slots: list[int] = field(default_factory=list)
     prefill_lens: list[int] = field(default_factory=list)
     block_columns: list[Int32] = field(default_factory=list)  # [3, n] each: slot, index, block
@@ -39,6 +40,11 @@ class _Draft:
     admits: list[Request] = field(default_factory=list)
     num_bias: int = 0
     num_history: int = 0
+    scores: list[tuple[int, int, int]] = field(default_factory=list)  # prefill row, first and last position + 1
+
+    @property
+    def is_full(self) -> bool:
+        return self.budget == 0 or self.results < 2  # a row, and a score if it wants any
 
     def add_blocks(self, slot: Int32 | int, index: Int32, block: list[int]) -> None:
         column = np.empty((3, len(block)), np.int32)
@@ -52,7 +58,7 @@ def make_plan(state: SchedulerState) -> Plan | None:
 
     Call only while fewer than `pipeline_depth` plans are in flight.
     """
-    draft = _Draft(budget=state.limits.max_tokens)
+    draft = _Draft(budget=state.limits.max_tokens, results=state.limits.max_results)
     preemptions = state.counters.preemptions
     decode = _decode_rows(state, draft)
     _continue_prefill(state, draft)
@@ -84,6 +90,7 @@ def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
         slots.num_blocks[need] += 1
         draft.add_blocks(need, index, blocks)
     draft.budget -= len(decode)
+    draft.results -= len(decode)
     return decode
 
 
@@ -98,7 +105,16 @@ def _chunk(state: SchedulerState, draft: _Draft, remaining: int) -> int:
 
 
 def _add_prefill(state: SchedulerState, draft: _Draft, slot: int) -> None:
-    n = _chunk(state, draft, int(state.slots.prefill_end[slot] - state.slots.computed[slot]))
+    computed, request = int(state.slots.computed[slot]), state.slots.request[slot]
+    assert request is not None, f"slot {slot} prefills for no one"
+    n = _chunk(state, draft, int(state.slots.prefill_end[slot]) - computed)
+    draft.results -= 1
+    first = max(computed, request.scored)
+    last = min(computed + n, first + draft.results, request.num_scores)
+    if last > first:
+        n = n if last == request.num_scores else last - computed
+        draft.scores.append((len(draft.prefill_slots), first, last))
+        draft.results -= last - first
     draft.prefill_slots.append(slot)
     draft.prefill_lens.append(n)
     draft.budget -= n
@@ -107,7 +123,7 @@ def _add_prefill(state: SchedulerState, draft: _Draft, slot: int) -> None:
 def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
     slots, running = state.slots, state.slots.running
     for slot in running[slots.computed[running] < slots.prefill_end[running]].tolist():
-        if draft.budget == 0:
+        if draft.is_full:
             break
         _add_prefill(state, draft, slot)
 
@@ -115,7 +131,7 @@ def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
 def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
     """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
     limits = state.limits
-    while draft.budget > 0 and state.slots.num_free:
+    while not draft.is_full and state.slots.num_free:
         request = state.queue.head()
         if request is None:
             break
@@ -139,7 +155,9 @@ def _find_prefix(state: SchedulerState, request: Request) -> list[int]:
     """Cached blocks of the request's known tokens; at least one token is left to run, for its logits."""
     if not state.config.enable_prefix_caching:
         return []
-    return state.pool.find_prefix(request.chain[: (len(request.tokens) - 1) // state.limits.block_size])
+    # What was cached would have no logits to score.
+    end = request.scored if request.scored < request.num_scores else len(request.tokens) - 1
+    return state.pool.find_prefix(request.chain[: end // state.limits.block_size])
 
 
 def _place(state: SchedulerState, draft: _Draft, request: Request, hit: list[int], total: int) -> None:
@@ -178,6 +196,9 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
     ]
     blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else np.empty((3, 0), np.int32)
     flags = PlanFlag(int(np.bitwise_or.reduce(slots.features[row_slot])))
+    scores = _score_columns(state, draft, len(decode)) if draft.scores else _NO_SCORES
+    if draft.scores:
+        flags |= PlanFlag.LOGPROBS
     state.seq += 1
     state.histograms.observe(Distribution.STEP_TOKENS, state.limits.max_tokens - draft.budget)
     plan = Plan(
@@ -194,14 +215,35 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         block_slot=blocks[0],
         block_index=blocks[1],
         block_id=blocks[2],
+        score_index=scores[0],
+        score_token=scores[1],
         **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
     )
     slots.computed[row_slot] += query_len
     state.was_idle = False
     state.inflight.append(
-        PlanRecord(plan.seq, row_slot, slots.generation[row_slot], sample.astype(np.bool_), plan.flags)
+        PlanRecord(
+            plan.seq,
+            row_slot,
+            slots.generation[row_slot],
+            sample.astype(np.bool_),
+            plan.flags,
+            scores[2],
+            slots.generation[scores[2]],
+        )
     )
     return plan
+
+
+def _score_columns(state: SchedulerState, draft: _Draft, num_decode: int) -> Int32:
+    """[3, scores]: index among the step's tokens, the prompt token that follows, slot."""
+    slots, parts = state.slots, []
+    row_start = num_decode + np.cumsum([0, *draft.prefill_lens])
+    for row, first, last in draft.scores:
+        slot = draft.prefill_slots[row]
+        index = row_start[row] + np.arange(first, last) - slots.computed[slot]
+        parts.append(np.stack((index, slots.tokens[slot, first + 1 : last + 1], np.full(last - first, slot))))
+    return np.concatenate(parts, axis=1).astype(np.int32)
 
 
 def _seal(state: SchedulerState, plan: Plan) -> None:
@@ -237,9 +279,10 @@ def _admit_columns(state: SchedulerState, draft: _Draft) -> dict[str, Any]:
     }
 
 
+_NO_SCORES: Final = np.empty((3, 0), np.int32)
 _NO_ADMITS: Final[dict[str, Any]] = {
     name: np.empty((0, Param.COUNT) if name == "admit_params" else 0, np.float32 if name == "bias_value" else np.int32)
-    for name in PLAN_COLUMNS[PLAN_COLUMNS.index("admit_slot") :]
+    for name in PLAN_COLUMNS[PLAN_COLUMNS.index("admit_slot") : PLAN_COLUMNS.index("score_index")]
 }
 
 

@@ -34,12 +34,18 @@ class Request:
     features: PlanFlag
     stop_ids: frozenset[int]  # beyond the model's own end of sequence
     chain: list[bytes] = field(default_factory=list)  # hashes of its full blocks so far
+    scored: int = 0  # leading prompt positions whose scores were delivered
     state: State = State.WAITING
     slot: int = -1
     arrived_ns: int = 0
     started_ns: int = 0  # when it left the queue, which its frontend then knows; 0: not yet
     first_token_ns: int = 0  # 0: no token yet
     last_token_ns: int = 0  # current only while WAITING
+
+    @property
+    def num_scores(self) -> int:
+        """Prompt positions to score in all: the last one's successor is sampled."""
+        return self.prompt_len - 1 if self.params.prompt_logprobs >= 0 else 0
 
     @property
     def order(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,11 @@ from ipc.clock import now_ns
 from ipc.errors import ProtocolError
 from ipc.frames import PlanFlag, Result
 from ipc.schema import FinishReason
+from scheduler.inflight import PlanRecord
 from scheduler.metrics import observe_tokens
 from scheduler.state import SchedulerState
+
+_NO_ROWS: Final = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,10 @@ class Delivery:
     finish: npt.NDArray[np.uint8]  # [rows], FinishReason
     num_logprobs: npt.NDArray[np.int32]  # [rows], as the request asked: -1 = none
     result_row: npt.NDArray[np.int64]  # [rows], index into the result's columns
+    # [scores], each prompt's in order
+    score_peer: npt.NDArray[np.int32]
+    score_request_id: npt.NDArray[np.int64]
+    score_result_row: npt.NDArray[np.int64]
 
 
 def retire(state: SchedulerState, result: Result) -> Delivery:
@@ -39,6 +47,7 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     slot, token = record.slots[rows], result.token[rows]
     finish = _append(state, slot, token)
     observe_tokens(state.histograms, slots, slot, now_ns())
+    score_rows, scored = _score(state, record)
     delivery = Delivery(
         peer=slots.peer[slot],
         request_id=slots.request_id[slot],
@@ -46,6 +55,9 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
         finish=finish,
         num_logprobs=slots.num_logprobs[slot],
         result_row=rows,
+        score_peer=slots.peer[scored],
+        score_request_id=slots.request_id[scored],
+        score_result_row=score_rows,
     )
     for i in np.flatnonzero(finish).tolist():
         request = slots.request[int(slot[i])]
@@ -56,6 +68,19 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     state.counters.overshoot_rows += int(np.count_nonzero(record.sample)) - len(rows)
     state.was_idle = not state.has_work
     return delivery
+
+
+def _score(state: SchedulerState, record: PlanRecord) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """(index into the result's columns, slot) of each score [scores] whose slot still has its owner."""
+    if not len(record.score_slot):
+        return _NO_ROWS, record.score_slot
+    alive = np.flatnonzero(state.slots.generation[record.score_slot] == record.score_generation)
+    scored = record.score_slot[alive]
+    for slot, count in zip(*np.unique(scored, return_counts=True), strict=True):
+        request = state.slots.request[int(slot)]
+        assert request is not None, f"slot {slot} was scored for no one"
+        request.scored += int(count)
+    return alive + len(record.slots), scored
 
 
 def _append(state: SchedulerState, slot: npt.NDArray[np.int32], token: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:

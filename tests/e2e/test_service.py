@@ -13,11 +13,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from frontend import AsyncClient, Client
 from frontend.tokenizer import Tokenizer
 from ipc.errors import CancelledError, ContextLengthError, InvalidParameterError, RequestTimeoutError
 from tests.e2e.engine import DEMO_MODEL, Engine, running_engine, wait_until
+from tests.e2e.reference import documents, reference_model
 
 WAIT_S = 60.0
 PROMPT = "Return the"
@@ -109,6 +111,24 @@ def test_a_stream_is_the_whole_answer_in_parts(sdk: openai.OpenAI) -> None:
 def test_usage_is_streamed_only_when_asked_for(sdk: openai.OpenAI) -> None:
     parts = list(complete(sdk, stream=True))
     assert all(part.usage is None and part.choices for part in parts)
+
+
+def test_prompt_logprobs_are_those_of_transformers(sdk: openai.OpenAI) -> None:
+    """As an evaluation harness asks for them; 300 tokens take several steps, the second request meets a warm cache."""
+    prompts = [documents()[:300], documents()[5000:5020]]
+    for _ in range(2):
+        answer = complete(sdk, prompts, max_tokens=1, echo=True, logprobs=3)
+        for prompt, choice in zip(prompts, answer.choices, strict=True):
+            with torch.inference_mode():
+                logits = reference_model()(torch.tensor([prompt])).logits[0]
+            expected = torch.log_softmax(logits, dim=-1)
+            first, *values = choice.logprobs.token_logprobs
+            assert first is None
+            of_prompt = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(values[:-1]), of_prompt, atol=1e-3, rtol=1e-3)
+            best = [max(top.values()) for top in choice.logprobs.top_logprobs[1:]]
+            torch.testing.assert_close(torch.tensor(best), expected.max(dim=1).values, atol=1e-3, rtol=1e-3)
+            assert "".join(choice.logprobs.tokens[:-1]) == tokenizer().decode(prompt, skip_special_tokens=False)
 
 
 def test_choices_differ_and_seeds_repeat(sdk: openai.OpenAI) -> None:

@@ -151,6 +151,38 @@ def test_logprobs_of_both_apis(http: httpx.Client) -> None:
         assert len(entry["top_logprobs"]) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_has_the_logprobs_of_the_prompt(http: httpx.Client, stream: bool) -> None:
+    """In the fake engine they are all 0; a prompt of 400 tokens takes several steps."""
+    ids = [*byte_level_tokenizer().encode("the end"), *range(3, 400)]
+    body = {"prompt": [ids, ids[:1]], "max_tokens": 3, "echo": True, "logprobs": 1, "seed": 1, "stream": stream}
+    response = http.post("/v1/completions", json=body)
+    parts = events(response.text)[:-1] if stream else [response.json()]
+    for index, prompt in enumerate(body["prompt"]):
+        choices = [choice for part in parts for choice in part["choices"] if choice["index"] == index]
+        text = "".join(choice["text"] for choice in choices)
+        tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+        values = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
+        assert text.startswith(byte_level_tokenizer().decode(prompt, skip_special_tokens=False))
+        assert values == [None] + [0.0] * (len(prompt) + 2)
+        assert tokens[: len(prompt)] == [byte_level_tokenizer().token_text(token) for token in prompt]
+        assert choices[0]["logprobs"]["top_logprobs"][0] is None
+        assert choices[0]["logprobs"]["text_offset"][:2] == [0, len(tokens[0])]
+
+
+def test_prompt_logprobs_as_vllm_writes_them(http: httpx.Client) -> None:
+    ids = byte_level_tokenizer().encode("the end of it")
+    choice = complete(http, prompt=ids, prompt_logprobs=1)["choices"][0]
+    assert choice["logprobs"] is None
+    first, *rest = choice["prompt_logprobs"]
+    assert first is None
+    assert [next(iter(entry)) for entry in rest] == [str(token) for token in ids[1:]]
+    assert rest[0][str(ids[1])]["decoded_token"] == byte_level_tokenizer().token_text(ids[1])
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "prompt_logprobs": 0}
+    chat = http.post("/v1/chat/completions", json=body).json()
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+
+
 def test_cached_prompt_tokens_are_reported(http: httpx.Client) -> None:
     prompt = list(range(10, 110))
     first = complete(http, prompt=prompt, cache_salt="a")["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -240,7 +272,8 @@ BAD_BODIES = [
     (b'{"prompt": "a", "suffix": "b"}', "suffix"),
     (b'{"prompt": "a", "best_of": 3}', "best_of"),
     (b'{"prompt": "a", "response_format": {"type": "json_object"}}', "response_format"),
-    (b'{"prompt": "a", "echo": true, "logprobs": 1}', "echo"),
+    (b'{"prompt": "a", "prompt_logprobs": 1, "stream": true}', "prompt_logprobs"),
+    (b'{"prompt": "a", "prompt_logprobs": 1000}', "prompt_logprobs"),
 ]
 
 

@@ -29,6 +29,7 @@ class Outcome:
 
     tokens: list[int] = field(default_factory=list)
     finish: FinishReason = FinishReason.RUNNING
+    scores: list[tuple[int, int]] = field(default_factory=list)  # prompt token, and the token predicted in its place
 
 
 class Pipeline:
@@ -89,7 +90,11 @@ class Pipeline:
     def retire(self) -> bool:
         if not self.done:
             return False
-        delivery = retire(self.state, self.done.popleft())
+        result = self.done.popleft()
+        delivery = retire(self.state, result)
+        assert result.logprob is not None
+        for request_id, row in zip(delivery.score_request_id, delivery.score_result_row, strict=True):
+            self.outcomes[int(request_id)].scores.append((int(result.token[row]), int(result.logprob[row])))
         for request_id, token, finish in zip(delivery.request_id, delivery.token, delivery.finish, strict=True):
             outcome = self.outcomes[int(request_id)]
             assert outcome.finish is FinishReason.RUNNING, "a token after the terminal frame"

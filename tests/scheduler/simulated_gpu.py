@@ -52,6 +52,7 @@ class SimulatedGpu:
             self.position[slot], self.last_token[slot] = int(params[Param.COMPUTED]), None
         self.block_table[plan.block_slot, plan.block_index] = plan.block_id
         tokens, prefill = [], plan.prefill_token.tolist()
+        ran: list[tuple[int, int]] = []  # slot and position of each token of the step
         for row, (slot, n) in enumerate(zip(plan.row_slot.tolist(), plan.row_query_len.tolist(), strict=True)):
             if row < plan.num_decode:
                 assert n == 1 and self.last_token[slot] is not None, "a decode row without a carry-over"
@@ -64,13 +65,22 @@ class SimulatedGpu:
                 assert block not in cached_blocks, "a cached block was written again"
                 assert block != 0, "the null block was written"
                 self.kv[block][offset] = token
+                ran.append((slot, self.position[slot]))
                 self.position[slot] += 1
         for slot, sample in zip(plan.row_slot.tolist(), plan.row_sample.tolist(), strict=True):
             if sample:  # all writes of a step come before its reads, as in every layer of a model
                 context = [self._read(slot, p) for p in range(self.position[slot])]
                 self.last_token[slot] = next_token(context)
             tokens.append(self.last_token[slot] if sample else 1)
-        return Result(plan.seq, plan.epoch, 0, 0, 0, False, np.array(tokens, np.int32), None, None, None, None)
+        predicted = []
+        for index, token in zip(plan.score_index.tolist(), plan.score_token.tolist(), strict=True):
+            slot, position = ran[index]
+            predicted.append(next_token([self._read(slot, p) for p in range(position + 1)]))
+            tokens.append(token)
+        logprob = np.zeros(len(tokens), np.float32)  # the token predicted there stands in for a probability
+        logprob[plan.num_rows :] = predicted
+        token_column = np.array(tokens, np.int32)
+        return Result(plan.seq, plan.epoch, 0, 0, 0, False, token_column, logprob, None, None, None)
 
     def _locate(self, slot: int, position: int) -> tuple[int, int]:
         return int(self.block_table[slot, position // self.block_size]), position % self.block_size

@@ -14,7 +14,7 @@ from ipc.schema import FinishReason
 from scheduler import planner, retire, state
 from scheduler.blocks import BlockPool
 from tests.scheduler.pipeline import Pipeline, tiny_config
-from tests.scheduler.simulated_gpu import EOS, VOCAB, sequential_oracle
+from tests.scheduler.simulated_gpu import EOS, VOCAB, next_token, sequential_oracle
 
 
 def trial(seed: int, totals: Counter[str] | None = None) -> None:
@@ -34,6 +34,7 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
     )
     shared = [rng.randrange(1, VOCAB) for _ in range(40)]
     asked: dict[int, tuple[list[int], int, frozenset[int]]] = {}
+    scored = {request_id for request_id in range(12) if rng.random() < 0.3}
     for request_id in range(rng.randint(1, 12)):
         length = rng.randint(1, min(20, blocks * block_size - 2))
         prompt = (shared[: rng.randint(0, length)] + [rng.randrange(1, VOCAB) for _ in range(length)])[:length]
@@ -52,6 +53,7 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
                 prompt,
                 max_tokens=max_tokens,
                 stop_token_ids=tuple(stop_ids),
+                prompt_logprobs=0 if request_id in scored else -1,
             )
         if rng.random() < 0.02:
             aborts += pipeline.abort(rng.randrange(len(asked)))
@@ -67,6 +69,9 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
     assert pipeline.state.pool.num_free == pipeline.state.pool.capacity, "blocks leaked"
     for request_id, (prompt, max_tokens, stop_ids) in asked.items():
         outcome, expected = pipeline.outcomes[request_id], sequential_oracle(prompt, max_tokens, stop_ids)
+        scores = [(prompt[i], next_token(prompt[:i])) for i in range(1, len(prompt))] if request_id in scored else []
+        complete = bool(outcome.tokens) or outcome.finish is not FinishReason.ABORTED
+        assert outcome.scores == (scores if complete else scores[: len(outcome.scores)])
         if outcome.finish is FinishReason.ABORTED:
             assert outcome.tokens == expected[: len(outcome.tokens)]
         else:
@@ -78,6 +83,7 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
         totals.update(
             preemptions=counters.preemptions,
             hits=counters.prefix_hit_tokens,
+            scores=sum(len(outcome.scores) for outcome in pipeline.outcomes.values()),
             overshoot=counters.overshoot_rows,
             aborts=aborts,
             crashes=crashes,
@@ -94,7 +100,7 @@ def test_every_rule_is_exercised() -> None:
     totals: Counter[str] = Counter()
     for seed in range(1500):
         trial(seed, totals)
-    assert min(totals[k] for k in ("preemptions", "hits", "overshoot", "aborts", "crashes")) > 100, totals
+    assert min(totals[k] for k in ("preemptions", "hits", "overshoot", "aborts", "crashes", "scores")) > 100, totals
 
 
 def _drop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +189,28 @@ def _ignore_stop_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retire, "_append", blind)
 
 
+def _score_anew_after_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that a frontend has already are sent again."""
+    vacate = state.SlotTable.vacate
+
+    def forgetful(slots: state.SlotTable, slot: int) -> list[int]:
+        request = slots.request[slot]
+        assert request is not None
+        request.scored = 0
+        return vacate(slots, slot)
+
+    monkeypatch.setattr(state.SlotTable, "vacate", forgetful)
+
+
+def _score_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached prompt is not run, so that nobody has logits of it."""
+
+    def whole(scheduler: state.SchedulerState, request: state.Request) -> list[int]:
+        return scheduler.pool.find_prefix(request.chain[: (len(request.tokens) - 1) // scheduler.limits.block_size])
+
+    monkeypatch.setattr(planner, "_find_prefix", whole)
+
+
 @pytest.mark.parametrize(
     "break_rule",
     [
@@ -193,6 +221,8 @@ def _ignore_stop_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         _use_last_block_of_prompt,
         _forget_output_on_preemption,
         _ignore_stop_ids,
+        _score_anew_after_preemption,
+        _score_from_the_cache,
     ],
 )
 def test_a_broken_rule_is_caught(

@@ -10,7 +10,7 @@ from ipc.schema import FinishReason
 from scheduler.planner import make_plan
 from scheduler.request import State
 from tests.scheduler.pipeline import Pipeline, tiny_config
-from tests.scheduler.simulated_gpu import EOS, sequential_oracle
+from tests.scheduler.simulated_gpu import EOS, next_token, sequential_oracle
 
 depths = pytest.mark.parametrize("depth", [2, 3])
 
@@ -147,6 +147,20 @@ def test_one_budget_covers_decode_rows_and_chunks() -> None:
     pipeline.drain()
 
 
+def test_scores_are_planned_only_as_far_as_the_result_has_room() -> None:
+    pipeline = Pipeline(tiny_config(max_num_seqs=2, max_num_batched_tokens=64, num_blocks=40))
+    room = pipeline.state.limits.max_results
+    prompt = [1 + i % 7 for i in range(60)]
+    for request_id in (1, 2):
+        pipeline.admit(request_id, prompt, max_tokens=2, prompt_logprobs=0)
+    pipeline.plan()
+    plan, _ = pipeline.queued[-1]
+    assert (plan.num_rows, len(plan.score_index), plan.num_tokens) == (1, room - 1, room - 1)
+    pipeline.drain()
+    for outcome in pipeline.outcomes.values():
+        assert outcome.scores == [(prompt[i], next_token(prompt[:i])) for i in range(1, 60)]
+
+
 def test_prefix_hits_are_counted_and_salted() -> None:
     pipeline = Pipeline(tiny_config(num_blocks=40))
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -196,6 +210,7 @@ def test_impossible_requests_are_refused_with_both_numbers() -> None:
         {"seed": 2**63},
         {"logit_bias": {99: 1.0}},
         {"repetition_penalty": 0.0},
+        {"prompt_logprobs": 5},
     ):
         with pytest.raises(InvalidParameterError):
             pipeline.admit(1, [1], **{"max_tokens": 1, **bad})
