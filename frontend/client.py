@@ -23,7 +23,7 @@ from frontend.session import Session
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
 from ipc.errors import ModelError, RequestTimeoutError, TandemError, UnavailableError
-from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, ModelCard, Stats
+from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, ModelCard, Stats, Welcome
 
 _log: Final = logging.getLogger(__name__)
 
@@ -86,9 +86,14 @@ class AsyncClient:
     @property
     def card(self) -> ModelCard:
         """What the engine serves; raises UnavailableError before `connect`."""
+        return self.engine.card
+
+    @property
+    def engine(self) -> Welcome:
+        """What the engine said of itself; raises UnavailableError before `connect`."""
         if self._session.welcome is None:
             raise UnavailableError("the client is not connected")
-        return self._session.welcome.card
+        return self._session.welcome
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,6 +1,6 @@
 """The flags of `engine-launch`, as vLLM names them, and the frozen options they become.
 
-Called by the launcher only. Touches no file, socket or device: what needs those is decided by its caller.
+Called by the launcher only. Reads no file but that of --config, and touches no socket or device.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Final, NoReturn
 
+import yaml
+
+from frontend.flag_sources import config_file, from_environ, from_file
 from ipc.config import MAX_DEPTH, EngineConfig, HttpConfig
 from ipc.errors import ConfigError
+from ipc.logs import LogConfig
 from ipc.schema import ModelCard
 
 # Names of other engines for the same thing; they work, and the help shows one name each.
@@ -34,6 +38,7 @@ ALIASES: Final = {
     "--tokenizer-worker-num": "--frontends",
     "--max-queued-requests": "--max-num-queued-reqs",
 }
+_SWITCH: Final = argparse.BooleanOptionalAction  # every switch has a --no- form, for files and variables
 _UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -46,6 +51,7 @@ class Options:
     dtype: str
     max_model_len: int | None
     max_logprobs: int
+    generation_config: str
     trust_remote_code: bool
     random_weights: bool
     seed: int
@@ -73,6 +79,10 @@ class Options:
     metrics_prefix: str
     max_restarts: int
     fake_executor: bool
+    print_config: bool
+    log_level: str
+    log_format: str
+    disable_log_stats: bool
 
 
 def _integer(low: int, high: int | None = None) -> Any:
@@ -134,9 +144,19 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     group.add_argument("--max-model-len", type=_integer(1), metavar="TOKENS", help="context; default: the model's own")
     group.add_argument("--max-logprobs", type=_integer(0, 1000), default=20, metavar="N", help="most a request may ask")
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="SOURCE",
+        help="sampling defaults: auto (the model's), vllm (the API's), or a folder",
+    )
     group.add_argument("--seed", type=_integer(0), default=0, help="of random weights; requests bring their own")
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code found in the model folder")
-    group.add_argument("--random-weights", action="store_true", help="no safetensors needed: for benchmarks of shapes")
+    group.add_argument(
+        "--trust-remote-code", action=_SWITCH, default=False, help="run Python code found in the model folder"
+    )
+    group.add_argument(
+        "--random-weights", action=_SWITCH, default=False, help="no safetensors needed: for benchmarks of shapes"
+    )
 
 
 def _server_flags(parser: argparse.ArgumentParser) -> None:
@@ -162,12 +182,8 @@ def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline-depth", type=_integer(1, MAX_DEPTH), metavar="D", help="steps in flight: 1 synchronous, 2 default"
     )
-    group.add_argument(
-        "--async-scheduling", action=argparse.BooleanOptionalAction, default=None, help="same as depth 2 / depth 1"
-    )
-    group.add_argument(
-        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="default on"
-    )
+    group.add_argument("--async-scheduling", action=_SWITCH, default=None, help="same as depth 2 / depth 1")
+    group.add_argument("--enable-prefix-caching", action=_SWITCH, default=True, help="default on")
 
 
 def _device_flags(parser: argparse.ArgumentParser) -> None:
@@ -177,10 +193,8 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-gpu-blocks-override", type=_integer(2), metavar="N", help="KV blocks; default: profile")
     group.add_argument("--kv-cache-memory-bytes", type=_size_bytes, metavar="SIZE", help="such as 4G, or 512MiB")
     group.add_argument("--gpu-memory-utilization", type=_number(0, 1, above=True), default=0.9, metavar="SHARE")
-    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs, nothing compiled")
-    group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compile the decoder layers (default: on CUDA)"
-    )
+    group.add_argument("--enforce-eager", action=_SWITCH, default=False, help="no CUDA graphs, nothing compiled")
+    group.add_argument("--compile", action=_SWITCH, help="compile the decoder layers (default: on CUDA)")
 
 
 def http_flags(parser: argparse.ArgumentParser) -> None:
@@ -197,10 +211,25 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _configuration_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("configuration and logs")
+    group.add_argument(
+        "--config", metavar="FILE", help="YAML, such as `port: 9000`; ENGINE_PORT=9000 in the environment wins over it"
+    )
+    group.add_argument("--print-config", action="store_true", help="print every option as such a file, and exit")
+    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    group.add_argument("--log-format", default="text", choices=("text", "json"))
+    group.add_argument(
+        "--disable-log-stats", action=_SWITCH, default=False, help="no line of statistics every ten seconds"
+    )
+
+
 def _supervision_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("supervision")
     group.add_argument("--max-restarts", type=_integer(0), default=3, metavar="N", help="of a process in ten minutes")
-    group.add_argument("--fake-executor", action="store_true", help="made-up tokens: measures everything but the model")
+    group.add_argument(
+        "--fake-executor", action=_SWITCH, default=False, help="made-up tokens: measures everything but the model"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -211,7 +240,16 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tandem-engine {version('tandem-engine')}")
-    for add in (_model_flags, _server_flags, _scheduling_flags, _device_flags, http_flags, _supervision_flags):
+    groups = (
+        _model_flags,
+        _server_flags,
+        _scheduling_flags,
+        _device_flags,
+        http_flags,
+        _supervision_flags,
+        _configuration_flags,
+    )
+    for add in groups:
         add(parser)
     return parser
 
@@ -233,18 +271,27 @@ def _unknown_flag(parser: argparse.ArgumentParser, argument: str) -> ConfigError
     return ConfigError(f"{name}: no such flag{hint}" if name.startswith("-") else f"unexpected argument {name!r}")
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """The options in `argv` (without the program's name). Raises ConfigError with one line naming the flag."""
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Options:
+    """The options in a file, in `environ`, and in `argv` (without the program's name); the later ones win.
+
+    Raises ConfigError with one line naming the flag.
+    """
+    environ = environ or {}
     parser = make_parser()
     canonical = [_canonical(argument) for argument in argv]
-    namespace, unknown = parser.parse_known_args(canonical)
-    if unknown:
-        raise _unknown_flag(parser, unknown[0])
+    namespace = argparse.Namespace()
+    file = config_file(canonical, environ)
+    if file is not None:
+        _apply(parser, [_canonical(argument) for argument in from_file(file)], namespace, f"{file}: ")
+    _apply(parser, from_environ(parser, environ), namespace, "environment: ")
+    default_model = getattr(namespace, "model", None)
+    _apply(parser, canonical, namespace, "")
     values = vars(namespace)
+    values.pop("config")
     positional, is_async = values.pop("model_positional"), values.pop("async_scheduling")
-    if positional and values["model"]:
+    if positional and values["model"] not in (None, default_model):
         raise ConfigError(f"--model: given twice, as {positional!r} and {values['model']!r}")
-    values["model"] = values["model"] or positional
+    values["model"] = positional or values["model"]
     if not values["model"]:
         raise ConfigError("--model: needed, a folder or a hub id such as Qwen/Qwen3-0.6B")
     depth = values["pipeline_depth"]
@@ -254,6 +301,32 @@ def parse(argv: Sequence[str]) -> Options:
     _check_endpoint(values["frontend_endpoint"], values["auth_keys"])
     values["pipeline_depth"] = depth or (1 if is_async is False else 2)
     return Options(**values)
+
+
+def _apply(parser: argparse.ArgumentParser, arguments: list[str], namespace: argparse.Namespace, where: str) -> None:
+    """Parse `arguments` over what `namespace` holds; errors begin with `where`."""
+    try:
+        _, unknown = parser.parse_known_args(arguments, namespace)
+        if unknown:
+            raise _unknown_flag(parser, unknown[0])
+    except ConfigError as error:
+        raise ConfigError(where + error.message) from error
+
+
+def changed(options: Options) -> dict[str, Any]:
+    """The options that are not the defaults, by flag."""
+    default = asdict(parse([options.model]))
+    return {_flag_of(name): value for name, value in asdict(options).items() if value != default[name]}
+
+
+def as_yaml(options: Options) -> str:
+    """All options as a file for --config."""
+    values = {_flag_of(name): value for name, value in asdict(options).items() if name != "print_config"}
+    return str(yaml.safe_dump(values, sort_keys=False))
+
+
+def _flag_of(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _check_endpoint(endpoint: str | None, keys: str | None) -> None:
@@ -294,6 +367,8 @@ def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfi
         frontend_endpoint=options.frontend_endpoint or "",
         auth_keys=options.auth_keys or "",
         http=http_config(options),
+        log=LogConfig(level=options.log_level, json=options.log_format == "json"),
+        log_stats=not options.disable_log_stats,
     )
 
 

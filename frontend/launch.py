@@ -111,10 +111,24 @@ def prepare(options: flags.Options) -> EngineConfig:
         name=options.served_model_name or model_files.served_name(options.model),
         max_model_len=options.max_model_len,
         max_logprobs=options.max_logprobs,
+        sampling_defaults=_sampling_defaults(options.generation_config, folder),
     )
     if weights:
         model_files.check_weights(folder)
     return flags.engine_config(options, card, device)
+
+
+def _sampling_defaults(source: str, folder: Path) -> dict[str, float]:
+    """The defaults of requests that do not say: of the model ("auto"), the API's own ("vllm"), or of another folder."""
+    if source == "vllm":
+        return {}
+    if source != "auto" and not Path(source, "generation_config.json").exists():
+        raise ConfigError(f"no generation_config.json in {source}", param="--generation-config")
+    defaults = model_files.read_sampling_defaults(folder if source == "auto" else Path(source))
+    if defaults:
+        told = ", ".join(f"{name}={value}" for name, value in defaults.items())
+        print(f"engine-launch: requests sample by the model's defaults: {told}", file=sys.stderr)
+    return defaults
 
 
 def serve(options: flags.Options) -> int:
@@ -165,7 +179,10 @@ def _make_plumbing(config: EngineConfig, listener: socket.socket | None) -> Plum
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `engine-launch`."""
     try:
-        options = flags.parse(sys.argv[1:] if argv is None else argv)
+        options = flags.parse(sys.argv[1:] if argv is None else argv, os.environ)
+        if options.print_config:
+            print(flags.as_yaml(options), end="")
+            return 0
         return serve(options)
     except ConfigError as error:
         return fail("engine-launch", error)

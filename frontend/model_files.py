@@ -11,11 +11,13 @@ import struct
 from pathlib import Path
 from typing import Any, Final
 
-from ipc.errors import ConfigError, ModelError
+from frontend.request import GenerateParams
+from ipc.errors import ConfigError, InvalidParameterError, ModelError
 from ipc.schema import ModelCard
 
 _HEADER_LIMIT_BYTES: Final = 100 << 20  # safetensors' own limit
 _CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_SAMPLING_KEYS: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOAD: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 _SKIP: Final = ["*/*", "consolidated*.safetensors"]  # copies of the same weights in another layout
@@ -71,7 +73,26 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
 
 
-def read_card(folder: Path, *, name: str, max_model_len: int | None, max_logprobs: int) -> ModelCard:
+def read_sampling_defaults(folder: Path) -> dict[str, float]:
+    """What the model's generation_config.json says of sampling. Raises ModelError for a value out of range."""
+    path = folder / "generation_config.json"
+    declared = _read_json(path) if path.exists() else {}
+    found = {name: declared[name] for name in _SAMPLING_KEYS if declared.get(name) is not None}
+    try:
+        GenerateParams(**found)
+    except InvalidParameterError as error:
+        raise ModelError(f"{path}: {error}", param="--generation-config") from error
+    return found
+
+
+def read_card(
+    folder: Path,
+    *,
+    name: str,
+    max_model_len: int | None,
+    max_logprobs: int,
+    sampling_defaults: dict[str, float] | None = None,
+) -> ModelCard:
     """What frontends must know of the model in `folder`; `max_model_len` lowers the model's own context.
 
     Raises ModelError for a missing or unusable config.json, ConfigError when a flag asks for more than the model has.
@@ -99,6 +120,7 @@ def read_card(folder: Path, *, name: str, max_model_len: int | None, max_logprob
         vocab_size=vocab_size,
         eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
         max_logprobs=min(max_logprobs, vocab_size),
+        sampling_defaults=sampling_defaults or {},
     )
 
 

@@ -184,25 +184,25 @@ def _common_params(request: SamplingFields) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def completion_params(request: CompletionRequest) -> GenerateParams:
-    """How to generate for a completion request. Raises InvalidParameterError."""
+def completion_params(request: CompletionRequest, defaults: Mapping[str, float] = {}) -> GenerateParams:
+    """How to generate for a completion request; `defaults` are the model's. Raises InvalidParameterError."""
     _refuse_unsupported(request)
     if request.suffix:
         raise InvalidParameterError("suffix is not supported", param="suffix")
-    values = {"max_tokens": DEFAULT_MAX_TOKENS, "logprobs": request.logprobs} | _common_params(request)
+    values = {**defaults, "max_tokens": DEFAULT_MAX_TOKENS, "logprobs": request.logprobs} | _common_params(request)
     if request.echo and request.logprobs is not None:
         values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     return GenerateParams(**values)
 
 
-def chat_params(request: ChatRequest) -> GenerateParams:
-    """How to generate for a chat request. Raises InvalidParameterError."""
+def chat_params(request: ChatRequest, defaults: Mapping[str, float] = {}) -> GenerateParams:
+    """How to generate for a chat request; `defaults` are the model's. Raises InvalidParameterError."""
     _refuse_unsupported(request)
     if request.tools:
         raise InvalidParameterError("tools are not supported", param="tools")
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidParameterError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    values = _common_params(request)
+    values = {**defaults, **_common_params(request)}
     if request.max_completion_tokens is not None:
         values["max_tokens"] = request.max_completion_tokens
     values["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None

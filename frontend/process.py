@@ -31,6 +31,7 @@ from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, TandemError, UnavailableError
 from ipc.lifetime import check_one_place, enter_process, fail
+from ipc.logs import LogConfig, configure_logs
 
 _DATE_PERIOD_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 3600.0  # of one attempt; they repeat, since a model may load for long
@@ -140,8 +141,8 @@ async def serve(
             task.cancel()
 
 
-def _run(service: Coroutine[None, None, None]) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s [%(name)s] %(message)s")
+def _run(service: Coroutine[None, None, None], log: LogConfig) -> int:
+    configure_logs("frontend", log)
     uvloop.run(service)
     return 0
 
@@ -156,7 +157,8 @@ def run(config: EngineConfig, channels: FrontendChannels) -> int:
             config.http,
             close_timeout_s=_CLOSE_TIMEOUT_S,
             ready_bell=Doorbell(channels.ready_bell),
-        )
+        ),
+        config.log,
     )
 
 
@@ -189,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail("engine-frontend", error)
     print(f"Frontend on {url_of(listener)}", flush=True)
     config = flags.http_config(options)
-    return _run(serve(client, listener, config, close_timeout_s=config.shutdown_timeout_s))
+    return _run(serve(client, listener, config, close_timeout_s=config.shutdown_timeout_s), LogConfig())

@@ -31,7 +31,7 @@ _INT64_MAX: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
+class Range:
     """Allowed values of one number: [low, high], or (low, high] when `above` is set."""
 
     kind: type[Integral] | type[Real]
@@ -54,24 +54,24 @@ class _Range:
         return bool(self.low <= value <= self.high) and not (self.above and value == self.low)
 
 
-_RANGES: Final[Mapping[str, _Range]] = {
-    "max_tokens": _Range(Integral, 1, _INT32_MAX, optional=True),
-    "min_tokens": _Range(Integral, 0, _INT32_MAX),
-    "temperature": _Range(Real, 0.0, 100.0),
-    "top_k": _Range(Integral, -1, _INT32_MAX),
-    "top_p": _Range(Real, 0.0, 1.0, above=True),
-    "min_p": _Range(Real, 0.0, 1.0),
-    "repetition_penalty": _Range(Real, 0.0, 100.0, above=True),
-    "presence_penalty": _Range(Real, -2.0, 2.0),
-    "frequency_penalty": _Range(Real, -2.0, 2.0),
-    "seed": _Range(Integral, -_INT64_MAX - 1, _INT64_MAX, optional=True),
-    "logprobs": _Range(Integral, 0, _INT32_MAX, optional=True),
-    "prompt_logprobs": _Range(Integral, 0, _INT32_MAX, optional=True),
-    "n": _Range(Integral, 1, MAX_CHOICES),
-    "priority": _Range(Integral, -_INT32_MAX, _INT32_MAX),
+RANGES: Final[Mapping[str, Range]] = {
+    "max_tokens": Range(Integral, 1, _INT32_MAX, optional=True),
+    "min_tokens": Range(Integral, 0, _INT32_MAX),
+    "temperature": Range(Real, 0.0, 100.0),
+    "top_k": Range(Integral, -1, _INT32_MAX),
+    "top_p": Range(Real, 0.0, 1.0, above=True),
+    "min_p": Range(Real, 0.0, 1.0),
+    "repetition_penalty": Range(Real, 0.0, 100.0, above=True),
+    "presence_penalty": Range(Real, -2.0, 2.0),
+    "frequency_penalty": Range(Real, -2.0, 2.0),
+    "seed": Range(Integral, -_INT64_MAX - 1, _INT64_MAX, optional=True),
+    "logprobs": Range(Integral, 0, _INT32_MAX, optional=True),
+    "prompt_logprobs": Range(Integral, 0, _INT32_MAX, optional=True),
+    "n": Range(Integral, 1, MAX_CHOICES),
+    "priority": Range(Integral, -_INT32_MAX, _INT32_MAX),
 }
 _FLAGS: Final = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
-_BIAS: Final = _Range(Real, -100.0, 100.0)
+_BIAS: Final = Range(Real, -100.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class GenerateParams:
     cache_salt: str = ""  # prompts of different salts share no cached prefix
 
     def __post_init__(self) -> None:
-        for name, allowed in _RANGES.items():
+        for name, allowed in RANGES.items():
             value = getattr(self, name)
             if not allowed.holds(value):
                 raise _invalid(name, str(allowed), value)
@@ -278,7 +278,7 @@ def _check_stop(stop: Any) -> None:
 
 
 def _check_stop_token_ids(ids: Any) -> None:
-    whole = _Range(Integral, 0, _INT32_MAX)
+    whole = Range(Integral, 0, _INT32_MAX)
     if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(whole.holds(token) for token in ids):
         raise _invalid("stop_token_ids", "a list of token ids", ids)
     if len(ids) > MAX_STOP_TOKEN_IDS:
@@ -292,7 +292,7 @@ def _check_logit_bias(bias: Any) -> None:
         raise _invalid("logit_bias", "a map of token ids to numbers", bias)
     if len(bias) > MAX_LOGIT_BIAS:
         raise _invalid("logit_bias", f"at most {MAX_LOGIT_BIAS} entries", len(bias))
-    whole = _Range(Integral, 0, _INT32_MAX)
+    whole = Range(Integral, 0, _INT32_MAX)
     for token, value in bias.items():
         if not whole.holds(token):
             raise _invalid("logit_bias", "a map whose keys are token ids", token)

@@ -38,10 +38,12 @@ from frontend.openai import (
     messages_of,
     prompts_of,
 )
+from frontend.openapi import make_document
 from frontend.shapes import ChatShape, CompletionShape, Echo
 from frontend.tokenizer import Tokenizer
 from ipc.config import HttpConfig
 from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
+from ipc.schema import Stats
 
 AnyRequest = Request[Any, Any, Any]
 AnyResponse = Response[Any]
@@ -134,7 +136,7 @@ async def completions(request: AnyRequest) -> AnyResponse:
     asked = decode_body(await request.body(), CompletionRequest)
     service.require_ready()
     service.require_model(asked.model)
-    params = completion_params(asked)
+    params = completion_params(asked, service.client.card.sampling_defaults)
     prompts = prompts_of(asked)
     ids = [await _prompt_ids(service, prompt, asked.add_special_tokens is not False) for prompt in prompts]
     shape = CompletionShape(
@@ -166,7 +168,7 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
     asked = decode_body(await request.body(), ChatRequest)
     service.require_ready()
     service.require_model(asked.model)
-    params = chat_params(asked)
+    params = chat_params(asked, service.client.card.sampling_defaults)
     tokenizer = service.tokenizer
     ids = await tokenizer.encode_chat(
         messages_of(asked.messages),
@@ -260,11 +262,49 @@ async def engine_version(request: AnyRequest) -> AnyResponse:
     return _json({"version": version("tandem-engine")})
 
 
+@get("/load")
+async def load(request: AnyRequest) -> AnyResponse:
+    """Of the whole engine, whichever frontend answers."""
+    stats = await _fresh_stats(_service(request))
+    return _json({"server_load": stats.running + stats.waiting})
+
+
+@get("/server_info")
+async def server_info(request: AnyRequest) -> AnyResponse:
+    service = _service(request)
+    stats, engine, card = await _fresh_stats(service), service.client.engine, service.client.card
+    return _json(
+        {
+            "version": version("tandem-engine"),
+            "model": card.name,
+            "max_model_len": card.max_model_len,
+            "vocab_size": card.vocab_size,
+            "eos_token_ids": card.eos_token_ids,
+            "max_logprobs": card.max_logprobs,
+            "sampling_defaults": card.sampling_defaults,
+            "block_size": engine.block_size,
+            "kv_cache_tokens": stats.blocks_total * engine.block_size,
+            "frontends": stats.frontends,
+            "executor_epoch": stats.epoch,
+            "draining": stats.draining,
+        }
+    )
+
+
+async def _fresh_stats(service: Service) -> Stats:
+    service.require_connected()
+    return await service.client.stats(_STATS_TIMEOUT_S)
+
+
+@get("/openapi.json")
+async def openapi(request: AnyRequest) -> AnyResponse:
+    return _json(make_document())
+
+
 @get("/metrics")
 async def metrics(request: AnyRequest) -> AnyResponse:
     service = _service(request)
-    service.require_connected()
-    await service.client.stats(_STATS_TIMEOUT_S)
+    await _fresh_stats(service)
     return Response(content=exposition(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -311,6 +351,9 @@ def make_app(service: Service) -> Litestar:
             health,
             ready,
             engine_version,
+            load,
+            server_info,
+            openapi,
             metrics,
         ],
         exception_handlers={Exception: to_error, HTTPException: to_error},

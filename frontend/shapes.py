@@ -132,7 +132,7 @@ class CompletionShape:
         logprobs = None
         if part.logprobs is not None:
             start = offset if echo is None else len(echo.text)
-            logprobs = _completion_logprobs(part.logprobs, start, self._request.logprobs or 0)
+            logprobs = _completion_logprobs(part.logprobs, start)
             if echo is not None:
                 logprobs = _with_prompt(echo, part.prompt_logprobs or (), logprobs, self._request.logprobs or 0)
         wants_ids = bool(self._request.return_token_ids)
@@ -264,7 +264,7 @@ def _with_prompt(echo: Echo, prompt: Sequence[TokenLogprob], generated: dict[str
     return {name: [value, *rest[name], *generated[name]] for name, value in first.items()}
 
 
-def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int, width: int) -> dict[str, Any]:
+def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int, width: int | None = None) -> dict[str, Any]:
     offsets = []
     for entry in entries:
         offsets.append(offset)

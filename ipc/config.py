@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from ipc.frames import FrameLimits, ResultLayout
+from ipc.logs import LogConfig
 from ipc.schema import ModelCard
 
 RING_SLOTS: Final = 4  # more than any depth: a slot is reused only after its step has retired
@@ -51,6 +52,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     frontend_endpoint: str = ""  # tcp://HOST:PORT for frontends of other hosts, beside the private ipc one
     auth_keys: str = ""  # key folder of the engine; needed for it
     http: HttpConfig = HttpConfig()
+    log: LogConfig = LogConfig()
+    log_stats: bool = True  # a line every ten seconds of work
 
     @property
     def limits(self) -> FrameLimits:

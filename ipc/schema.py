@@ -73,6 +73,7 @@ class ModelCard(msgspec.Struct, frozen=True, array_like=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_logprobs: int
+    sampling_defaults: dict[str, float] = {}  # of requests over HTTP that do not say, by name in SamplingParams
 
 
 class Hello(Message, frozen=True, tag="hello"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import sys
 
 import ipc
@@ -12,15 +11,14 @@ import scheduler
 from ipc.config import EngineConfig, SchedulerChannels, read_start
 from ipc.errors import ConfigError
 from ipc.lifetime import enter_process, fail
+from ipc.logs import configure_logs
 
 
 def run(config: EngineConfig, channels: SchedulerChannels) -> int:
     """Serve until SIGTERM; returns the exit code."""
     from scheduler.loop import Loop
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname)s %(asctime)s [scheduler] %(message)s", datefmt="%m-%d %H:%M:%S"
-    )
+    configure_logs("scheduler", config.log)
     loop = Loop(config, channels)
     gc.collect()
     gc.freeze()  # a collection that walks the start-up heap would cost a step

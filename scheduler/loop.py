@@ -54,6 +54,7 @@ from scheduler.peers import Peer, PeerTable
 from scheduler.planner import make_plan
 from scheduler.retire import Delivery, retire
 from scheduler.state import SchedulerState
+from scheduler.stats_line import StatsLine
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Loop:
         self.last_result_ns = 0
         self.next_check_ns = 0
         self.owes_drained = False
+        self.stats_line = StatsLine(now_ns())
         self.stuck_epoch = -1  # the last one reported
         self.poller = zmq.Poller()
         for waitable in (self.result_bell.fd, self.stop_bell.fd, self.frontends, self.control):
@@ -366,6 +368,10 @@ class Loop:
         for peer in self.peers:
             if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
                 self._remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
+        if self.config.log_stats and self.stats_line.is_due(now):
+            line = self.stats_line.make(self.stats(), now)
+            if line is not None:
+                log.info("%s", line)
         age_s = self._step_age_ns() * 1e-9
         if age_s > self.config.watchdog_timeout_s and self.stuck_epoch != state.epoch:
             self.stuck_epoch = state.epoch

@@ -35,6 +35,7 @@ EVERY_FIELD: dict[str, Any] = {
     "presence_penalty": 0.5,
     "frequency_penalty": -0.5,
     "seed": 11,
+    "prompt_logprobs": 2,
     "logit_bias": {"5": 1.5},
     "stop": ["x", "y"],
     "stop_token_ids": [3, 4],

@@ -63,6 +63,7 @@ def random_plan(rng: np.random.Generator, rows: int, prefill: int, blocks: int, 
         return rng.integers(-(2**31), 2**31, n, dtype=np.int32)
 
     sizes = {"row": rows, "prefill": prefill, "block": blocks, "admit": admits, "bias": extras, "history": extras}
+    sizes["score"] = rows
     columns = {name: column(sizes[name.split("_")[0]]) for name in PLAN_COLUMNS}
     columns["admit_params"] = column(admits * Param.COUNT).reshape(admits, Param.COUNT)
     columns["bias_value"] = rng.random(extras, np.float32)
@@ -93,7 +94,7 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_result_has_its_columns_where_the_layout_says() -> None:
-    layout = ResultLayout(max_rows=5, max_logprobs=3)
+    layout = ResultLayout(max_results=5, max_logprobs=3)
     payload = np.random.default_rng(0).integers(0, 255, layout.nbytes, dtype=np.uint8)
     payload[layout.token : layout.token + 8].view(np.int32)[:] = 11, 12
     payload[layout.top_token : layout.top_token + 24].view(np.int32)[:] = range(6)

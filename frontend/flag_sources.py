@@ -1,0 +1,79 @@
+"""Where flags come from besides the command line: a YAML file and ENGINE_* variables, both turned into arguments.
+
+Called by flags.py only. What is here has the weight of a default: the command line wins over the environment, the
+environment over the file. Must never guess: an entry no flag has is an error that names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from ipc.errors import ConfigError
+
+CONFIG_FLAG: Final = "--config"
+_PREFIX: Final = "ENGINE_"
+_TRUE: Final = ("1", "true", "yes", "on")
+_FALSE: Final = ("0", "false", "no", "off", "")
+
+
+def config_file(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
+    """The file that --config or ENGINE_CONFIG names; the last one counts."""
+    found = environ.get(_PREFIX + "CONFIG") or None
+    for i, argument in enumerate(argv):
+        if argument.startswith(f"{CONFIG_FLAG}="):
+            found = argument.partition("=")[2]
+        elif argument == CONFIG_FLAG:
+            found = argv[i + 1] if i + 1 < len(argv) else found
+    return Path(found) if found else None
+
+
+def from_file(path: Path) -> list[str]:
+    """The entries of a YAML file as arguments: `max-num-seqs: 4`, with dashes or underscores. Raises ConfigError."""
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not readable YAML: {reason}", param=CONFIG_FLAG) from error
+    if entries is None:
+        return []
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{path} holds a {type(entries).__name__}, expected flags by name", param=CONFIG_FLAG)
+    arguments: list[str] = []
+    for name, value in entries.items():
+        if isinstance(value, (dict, list)):
+            raise ConfigError(f"{path}: {name} holds a {type(value).__name__}, expected one value", param=CONFIG_FLAG)
+        arguments += _argument(f"--{str(name).replace('_', '-')}", value)
+    return arguments
+
+
+def from_environ(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> list[str]:
+    """ENGINE_MAX_NUM_SEQS=4 as --max-num-seqs=4, for every flag of `parser`. Raises ConfigError."""
+    arguments: list[str] = []
+    for action in parser._actions:
+        flag = next((option for option in action.option_strings if option.startswith("--")), "")
+        variable = _PREFIX + flag[2:].replace("-", "_").upper()
+        text = environ.get(variable)
+        if not flag or flag == CONFIG_FLAG or text is None:
+            continue
+        value: Any = text
+        if action.nargs == 0:
+            if text.lower() not in _TRUE + _FALSE:
+                raise ConfigError(f"{variable}: expected true or false, got {text!r}")
+            value = text.lower() in _TRUE
+        arguments += _argument(flag, value)
+    return arguments
+
+
+def _argument(flag: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if value is True:
+        return [flag]
+    if value is False:
+        return [f"--no-{flag[2:]}"]
+    return [f"{flag}={value}"]
