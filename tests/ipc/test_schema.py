@@ -105,5 +105,5 @@ def test_a_result_has_its_columns_where_the_layout_says() -> None:
     assert result.top_token is not None
     assert result.top_token.tolist() == [[0, 1, 2], [3, 4, 5]]
     write_result_header(payload, seq=9, epoch=2, num_rows=6, has_logprobs=False)
-    with pytest.raises(ProtocolError, match="result of 6 rows, the ring was made for 5"):
+    with pytest.raises(ProtocolError, match="result of 6 rows and scores, the ring was made for 5"):
         read_result(payload, layout)
