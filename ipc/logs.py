@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+_CHATTY: Final = ("uvicorn", "httpx", "asyncio")  # they tell at info what only their authors want to know
 _TIME: Final = "%m-%d %H:%M:%S"
 
 
@@ -57,3 +58,5 @@ def configure_logs(role: str, config: LogConfig) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Json(role) if config.json else _Text(role))
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
+    for library in _CHATTY:
+        logging.getLogger(library).setLevel(max(logging.WARNING, logging.root.level))
