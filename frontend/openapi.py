@@ -148,7 +148,7 @@ def _plain(summary: str) -> dict[str, Any]:
 def _post(summary: str, asked: dict[str, Any], answer: dict[str, Any], *, stream: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {_JSON: {"schema": answer}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _object(data={"type": "string"})}
     ok = {"200": {"description": "OK", "content": content}}
     body = {"required": True, "content": {_JSON: {"schema": asked}}}
     return {"post": {"summary": summary, "requestBody": body, "responses": ok | _errors(*_ERRORS)}}
