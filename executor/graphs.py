@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from tqdm import tqdm
 
-from executor.inputs import StagedPlan, StepInputs, build_decode_inputs
+from executor.inputs import StagedPlan, StepInputs
 from executor.slot_state import SlotState
 
 _FINE_LADDER: Final = (1, 2, 4, 8, 12, 16)
@@ -52,14 +52,15 @@ class DecodeGraphs:
         forward: Callable[[StepInputs], torch.Tensor],
         sample_greedy: Callable[[StepInputs, torch.Tensor], torch.Tensor],
     ) -> None:
-        from executor.unpack_kernel import unpack_decode  # Triton is not there on a machine without CUDA
+        from executor.unpack_kernel import decode_inputs, unpack_decode  # Triton needs CUDA
 
-        self._unpack = unpack_decode
+        self._unpack, self._inputs = unpack_decode, decode_inputs
         self._state, self._max_kv_len = state, max_kv_len
         self._forward, self._sample_greedy = forward, sample_greedy
         device = state.position.device
         self._row_slot = torch.full((max_rows,), state.null_slot, dtype=torch.int32, device=device)  # [rows], padded
         self._row_sample = torch.ones(max_rows, dtype=torch.int32, device=device)
+        self._index = torch.arange(max_rows + 1, device=device)
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._compute = compute
         self._graphs: dict[int, DecodeGraph] = {}
@@ -93,8 +94,7 @@ class DecodeGraphs:
 
     def _run(self, size: int) -> tuple[StepInputs, torch.Tensor]:
         row_slot, row_sample = self._row_slot[:size], self._row_sample[:size]
-        inputs = build_decode_inputs(row_slot, row_sample, self._state, self._max_kv_len)
-        self._state.clear_null_slot()
+        inputs = self._inputs(row_slot, row_sample, self._index, self._state, self._max_kv_len)
         return inputs, self._forward(inputs)
 
 

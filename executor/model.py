@@ -10,7 +10,7 @@ import inspect
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import transformers
@@ -23,6 +23,9 @@ from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError, ModelError
 
+if TYPE_CHECKING:
+    from executor.decoder import FusedDecoder
+
 __all__ = ["Model", "choose_num_blocks", "load_model"]
 
 # transformers' loaders are untyped.
@@ -33,6 +36,7 @@ _LOGGING: Final[Any] = transformers.utils.logging
 _FEW_TOKENS: Final = 4
 _REASON_LETTERS: Final = 400  # of a compiler's complaint, which may go on for pages
 _CHECK_TOKENS: Final = 17  # more than a block of the usual size
+_FUSED_SHARE: Final = 0.5  # the fused decoder rounds where the model does, so it may differ less
 # Of |paged - own| / |own|: a misplaced page is near 1, rounding grows with the depth of the model.
 _CHECK_LIMIT: Final = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -60,6 +64,7 @@ class Model:
         self.attentions = [attention for attention, _ in layers]
         self.implementation = probe.SERVE  # what the module attends by, in transformers' terms
         self.notes: list[str] = []  # what was done to make it fast, or why not
+        self.decoder: FusedDecoder | None = None  # runs in place of the module if it is recognized
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
 
     @property
@@ -90,6 +95,8 @@ class Model:
         Capturable in a CUDA graph when all rows are decode rows.
         """
         self._backend.begin(inputs)
+        if self.decoder is not None:
+            return self.decoder.forward(inputs)
         keep: dict[str, Any] = {"logits_to_keep": inputs.last_index} if self._keeps_logits else {}
         output = self._module(
             input_ids=inputs.token_ids[None], position_ids=inputs.positions[None], use_cache=False, **keep
@@ -127,6 +134,32 @@ def load_model(config: EngineConfig, progress: bool) -> Model:
         reason = f"{type(module).__name__} cannot be served: {type(error).__name__}: {error}"
         raise ModelError(reason, param="--model") from error
     return model
+
+
+def optimize_model(model: Model) -> None:
+    """Make a loaded model on CUDA fast: run it by fused kernels if its code is known to them, else compile its layers.
+
+    Either is checked against the model's own logits; what fails the check is served as it was.
+    """
+    from executor.attention.triton import TritonBackend  # Triton is not there on a machine without CUDA
+    from executor.decoder import FusedDecoder
+    from executor.recognition import NotRecognizedError, recognize
+
+    backend = model._backend
+    assert isinstance(backend, TritonBackend), f"backend {backend.name} on CUDA"
+    try:
+        decoder = FusedDecoder(recognize(model._module), model.layers, backend, model.max_model_len)
+        model.decoder = decoder
+        check_paging(model, share=_FUSED_SHARE)
+        few_rows, decoder.few_rows = decoder.few_rows, 0
+        check_paging(model, share=_FUSED_SHARE)
+        decoder.few_rows = few_rows
+        decoder.tune()
+        model.notes.append("fused decoder")
+    except (NotRecognizedError, ModelError) as error:
+        model.decoder = None
+        model.notes.append(f"no fused decoder: {error}")
+        compile_model(model)
 
 
 def compile_model(model: Model, backend: str = "inductor") -> None:
@@ -204,10 +237,10 @@ def _limit(dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def check_paging(model: Model) -> None:
+def check_paging(model: Model, share: float = 1.0) -> None:
     """Run a random prompt through the pages, in two chunks and a decode row, and in one go through eager attention.
 
-    Raises ModelError if the last logits differ by more than the rounding of the model's dtype explains.
+    Raises ModelError if the last logits differ by more than `share` of what rounding in the model's dtype explains.
     """
     module = model._module
     num_tokens = min(_CHECK_TOKENS, model.max_model_len)
@@ -230,7 +263,7 @@ def check_paging(model: Model) -> None:
         expected = module(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
     probe.set_implementation(module, model.implementation)
     difference = ((logits - expected).norm() / expected.norm().clamp_min(1e-6)).item()
-    limit = _limit(model.dtype)
+    limit = share * _limit(model.dtype)
     if not difference <= limit:
         raise ModelError(
             f"{type(module).__name__} cannot be served: paged logits differ from its own by {difference:.2g} of their "

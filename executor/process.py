@@ -20,7 +20,7 @@ from executor.compilation import stop_compiling
 from executor.fault import read_fault
 from executor.inputs import PlanHeader
 from executor.lanes import Lanes, StepTimes, open_streams
-from executor.model import choose_num_blocks, compile_model, load_model
+from executor.model import choose_num_blocks, compile_model, load_model, optimize_model
 from executor.sampler import Sampler
 from executor.slot_state import SlotState
 from executor.step import StepRunner
@@ -102,14 +102,14 @@ class Executor:
         """Weights, sampler, slot state and KV cache; sets `num_blocks` and `description`."""
         model = load_model(config, progress=sys.stderr.isatty())
         state = SlotState(self._limits, self._device)
-        sampler = Sampler(state.num_slots, model.vocab_size, self._limits.max_logprobs, self._device)
+        sampler = Sampler(state.last_token, model.vocab_size, self._limits.max_logprobs, self._device)
         runner = StepRunner(model, sampler, state, self._layout)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # weights may have arrived on other streams
         phases.end("weights")
         if config.compile:
-            compile_model(model)
-            phases.end("compile")
+            optimize_model(model) if self._device.type == "cuda" else compile_model(model)
+            phases.end("optimize")
         full_step = full_step_plan(self._limits)
         self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step, self._limits))
         model.allocate_kv(self.num_blocks)

@@ -39,8 +39,14 @@ class Sampled:
 class Sampler:
     """The sampling state of all slots, and the one call that turns logits into tokens."""
 
-    def __init__(self, num_slots: int, vocab_size: int, max_logprobs: int, device: torch.device | str) -> None:
-        """`num_slots` includes the null slot, which must never be admitted: its zeroed parameters mean greedy."""
+    def __init__(
+        self, last_token: torch.Tensor, vocab_size: int, max_logprobs: int, device: torch.device | str
+    ) -> None:
+        """`last_token` int64 [slots] is where a choice is carried over to the next step.
+
+        The last slot is the null slot, which must never be admitted: its zeroed parameters mean greedy.
+        """
+        num_slots = len(last_token)
         self._max_logprobs = max_logprobs
         self.tables = SlotTables(
             params=torch.zeros(num_slots, int(Param.COUNT), dtype=torch.int32, device=device),
@@ -49,6 +55,7 @@ class Sampler:
             bias_until=torch.zeros(num_slots, MAX_BIAS, dtype=torch.int32, device=device),
             token_counts=torch.zeros(num_slots, vocab_size, dtype=torch.int16, device=device),
             token_hash=sampler_cpu.token_hash(vocab_size).to(device),
+            last_token=last_token,
         )
         self._choose = sampler_cpu.choose_tokens
         if torch.device(device).type == "cuda":
@@ -98,7 +105,7 @@ class Sampler:
         row_sample: torch.Tensor,  # int32 [rows], 0 = nobody will read this row's token
         flags: PlanFlag,  # the union of what the rows need
     ) -> Sampled:
-        """Choose a token for every row, and count it for the rows with penalties. Capturable in a CUDA graph."""
+        """Choose a token for every row, carry it over, and count it for the rows with penalties. Capturable."""
         token = self._choose(self.tables, logits, row_slot, position, row_sample, flags)
         if not flags & PlanFlag.LOGPROBS:
             return Sampled(token)

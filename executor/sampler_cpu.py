@@ -54,6 +54,7 @@ class SlotTables:
     bias_until: torch.Tensor  # int32 [slots, MAX_BIAS]
     token_counts: torch.Tensor  # int16 [slots, vocab], bit 0: in the prompt; count << 1: times generated
     token_hash: torch.Tensor  # int32 [vocab]
+    last_token: torch.Tensor  # int64 [slots]: the carry-over, 0 where a row's logits held a NaN
 
 
 def token_hash(vocab_size: int) -> torch.Tensor:
@@ -74,7 +75,7 @@ def choose_tokens(
 ) -> torch.Tensor:
     """int32 [rows]: the chosen token, INVALID_TOKEN where the logits hold a NaN. The contract of `Sampler.sample`."""
     if not flags & _NEEDS_FLOAT:
-        return _first_max(logits)
+        return _carry_over(tables, row_slot, _first_max(logits))
     slot: Int64 = row_slot.numpy()
     at: Int64 = position.numpy()
     params: Int32 = tables.params.numpy()[slot]
@@ -91,6 +92,12 @@ def choose_tokens(
     token = _first_max(x)
     if len(penalized):
         _count(tables, penalized, slot, token.numpy(), row_sample.numpy())
+    return _carry_over(tables, row_slot, token)
+
+
+def _carry_over(tables: SlotTables, row_slot: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """`token`, which the next step of its slot finds as its input."""
+    tables.last_token.index_copy_(0, row_slot.long(), token.clamp(min=0).long())
     return token
 
 

@@ -3,7 +3,7 @@
     prepare       logits -> float32 with bias and penalties       (rows, chunks); only if a row asks for them
     threshold     the smallest logit each row's filters keep      (rows); only if a row filters. Never sorts
     best          scores, noise, argmax of a chunk                (rows, chunks)
-    choose        argmax of the chunks, NaN check, token counts   (rows)
+    choose        argmax of the chunks, NaN check, carry-over, token counts   (rows)
 
 No shape, launch or branch of the host depends on data, so a step can be captured. A greedy step runs the last two.
 """
@@ -85,7 +85,7 @@ def choose_tokens(
     )  # fmt: skip
     token = torch.empty(rows, dtype=torch.int32, device=device)
     _choose_kernel[(rows,)](
-        token, best, index, row_slot, row_sample, tables.params, tables.token_counts, vocab, chunks,
+        token, tables.last_token, best, index, row_slot, row_sample, tables.params, tables.token_counts, vocab, chunks,
         bool(flags & PlanFlag.PENALTY), triton.next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
     return token
@@ -358,6 +358,7 @@ def _best_kernel(
 @triton.jit
 def _choose_kernel(
     token_ptr,  # int32 [rows], written
+    last_token_ptr,  # int64 [slots], written: the carry-over
     best_ptr,  # float32 [rows, chunks]
     index_ptr,  # int32 [rows, chunks]
     slot_ptr,  # int [rows]
@@ -376,8 +377,10 @@ def _choose_kernel(
     token = tl.min(tl.where(best == tl.max(best, 0), index, _NO_INDEX), 0)
     token = tl.where(tl.min(index, 0) < 0, _INVALID, token)
     tl.store(token_ptr + row, token)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    # The next step may be queued already and must not index outside the embedding.
+    tl.store(last_token_ptr + slot, tl.maximum(token, 0).to(tl.int64))
     if count_tokens:
-        slot = tl.load(slot_ptr + row).to(tl.int64)
         asks = (tl.load(params_ptr + slot * _PARAMS + _FEATURES) & _PENALTY) != 0
         if asks & (tl.load(row_sample_ptr + row) != 0) & (token >= 0):
             at = counts_ptr + slot * vocab + token

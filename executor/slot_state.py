@@ -18,7 +18,7 @@ class SlotState:
         self.null_slot = limits.max_rows
         self.block_size = limits.block_size
         slots = limits.max_rows + 1
-        # int64 [slots], token sampled last: the next step's input, which never leaves the device
+        # int64 [slots], token sampled last: the next step's input, which never leaves the device. The sampler sets it.
         self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
         # int64 [slots], first position that has not run
         self.position = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -42,14 +42,3 @@ class SlotState:
     def set_positions(self, slot: torch.Tensor, position: torch.Tensor) -> None:
         """Rows int64 [rows] have run up to `position` int64 [rows]."""
         self.position.index_copy_(0, slot, position)
-
-    def set_tokens(self, slot: torch.Tensor, token: torch.Tensor) -> None:
-        """Carry `token` int32 [rows] over to the next step of rows int64 [rows].
-
-        INVALID_TOKEN becomes 0, because the next step may be queued already and must not index outside the embedding.
-        """
-        self.last_token.index_copy_(0, slot, token.clamp(min=0).long())
-
-    def clear_null_slot(self) -> None:
-        """Padding rows stay at position 0, so that they never outgrow the null block."""
-        self.position[self.null_slot :].zero_()

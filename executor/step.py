@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from executor.graphs import DecodeGraphs
-from executor.inputs import PlanHeader, StagedPlan, StepInputs, apply_blocks, apply_deltas, build_inputs
+from executor.inputs import (
+    PlanHeader,
+    StagedPlan,
+    StepInputs,
+    apply_blocks,
+    apply_deltas,
+    build_decode_inputs,
+    build_inputs,
+)
 from executor.model import Model
 from executor.sampler import Sampled, Sampler
 from executor.slot_state import SlotState
@@ -28,6 +36,8 @@ class StepRunner:
 
     def capture(self, limits: FrameLimits, compute: torch.cuda.Stream) -> None:
         """Capture the ladder of decode graphs; from then on decode-only steps replay them."""
+        if self._model.decoder is not None:
+            self._model.decoder.choose_few_rows(self._forward_padding)
         self._graphs = DecodeGraphs(
             self._state,
             max_rows=limits.max_rows,
@@ -68,7 +78,6 @@ class StepRunner:
         else:
             row_sample = plan.column("row_sample", rows)
             sampled = self._sampler.sample(logits, row_slot, kv_len, row_sample, flags)
-            self._state.set_tokens(row_slot, sampled.token)
             self._write(output, sampled)
 
     def run_alone(self, plan: Plan, limits: FrameLimits) -> None:
@@ -80,10 +89,16 @@ class StepRunner:
         self.run(PlanHeader.read(payload), False, torch.from_numpy(payload[:used]).to(device), output)
         self._state.position.zero_()
 
+    def _forward_padding(self, rows: int) -> torch.Tensor:
+        """A step of decode rows that all live at the null slot."""
+        state = self._state
+        row_slot = torch.full((rows,), state.null_slot, dtype=torch.int32, device=state.position.device)
+        logits = self._model.forward(build_decode_inputs(row_slot, torch.ones_like(row_slot), state, 1))
+        state.position[state.null_slot].zero_()
+        return logits
+
     def _sample_greedy(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
-        sampled = self._sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE)
-        self._state.set_tokens(inputs.row_slot, sampled.token)
-        return sampled.token
+        return self._sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE).token
 
     def _column(self, output: torch.Tensor, offset: int, count: int) -> torch.Tensor:
         start = offset - RESULT_HEADER_BYTES

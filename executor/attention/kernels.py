@@ -10,6 +10,7 @@ Softmax runs on base-2 exponentials: `scale` holds the attention scale times log
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _NEVER = tl.constexpr(-1.0e30)  # a score that no key reaches; not -inf, whose difference with itself is NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -88,21 +89,21 @@ def split_kernel(
     span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
     longest = tl.max(span, 0)
     total = tl.sum(span, 0)
-    chunk = tl.maximum(tl.cdiv(longest, block_n) * block_n, min_chunk)
-    best = 2147483647
-    for i in range(1, 18):
-        parts = ((2 + (i & 1)) << (i >> 1)) >> 1  # 1, 2, 3, 4, 6, 8, 12, 16, ... 256
-        candidate = tl.maximum(tl.cdiv(tl.cdiv(longest, parts), block_n) * block_n, min_chunk)
-        whole = tl.sum(span // candidate, 0)
-        items = tl.sum(tl.cdiv(span, candidate), 0)
-        waves = tl.cdiv(whole, slots) * (candidate + overhead)
-        even = (total + overhead * items) // slots
-        cost = tl.maximum(tl.maximum(waves, even), tl.minimum(candidate, longest) + overhead)
-        better = (cost < best) & (items <= capacity)
-        best = tl.where(better, cost, best)
-        chunk = tl.where(better, candidate, chunk)
+    i = tl.arange(0, 16)
+    parts = ((2 + (i & 1)) << (i >> 1)) >> 1  # 1, 1, 2, 3, 4, 6, 8, 12, ... 128, 192
+    candidate = tl.maximum(tl.cdiv(tl.cdiv(longest, parts), block_n) * block_n, min_chunk)  # [16]
+    wholes = span[None, :] // candidate[:, None]  # [16, rows]
+    whole = tl.sum(wholes, 1)
+    items = tl.sum(tl.where(wholes * candidate[:, None] < span[None, :], wholes + 1, wholes), 1)
+    waves = tl.cdiv(whole, slots) * (candidate + overhead)
+    even = (total + overhead * items) // slots
+    cost = tl.maximum(tl.maximum(waves, even), tl.minimum(candidate, longest) + overhead)
+    # Candidates shrink, so the largest of the cheapest is the first of them; the first one always fits.
+    cost = tl.where((items <= capacity) | (i == 0), cost, 2147483647)
+    chunk = tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
     whole = span // chunk
-    rest = (span % chunk != 0).to(tl.int32)
+    # A row without keys is one empty item, which writes its zeros.
+    rest = ((span % chunk != 0) | ((span == 0) & (row < rows))).to(tl.int32)
     wholes = tl.sum(whole, 0)
     whole_first = tl.cumsum(whole, 0) - whole
     rest_first = wholes + tl.cumsum(rest, 0) - rest
@@ -140,6 +141,48 @@ def _accumulate(scores, v, scale, top, denominator, acc, precision: tl.constexpr
 
 
 @triton.jit
+def _join(
+    partial, partial_lse, first, splits, head, sinks, out,
+    q_heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr, v_dim: tl.constexpr, v_pad: tl.constexpr,
+    tile: tl.constexpr, has_sinks: tl.constexpr,
+):  # fmt: skip
+    """Store a row's heads of one KV head: the pieces first .. first + splits, always added in this order."""
+    lane_g = tl.arange(0, group_pad)
+    lane_v = tl.arange(0, v_pad)
+    q_head = head * group + lane_g
+    in_group = lane_g < group
+    top = tl.full([group_pad], _NEVER, tl.float32)
+    denominator = tl.zeros([group_pad], tl.float32)
+    if has_sinks:
+        top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * _LOG2E
+        denominator += 1.0
+    acc = tl.zeros([group_pad, v_pad], tl.float32)
+    for start in range(0, splits, tile):
+        split = start + tl.arange(0, tile)
+        piece = (first + split)[:, None] * q_heads + q_head[None, :]
+        stored = (split < splits)[:, None] & in_group[None, :]
+        lse = tl.load(partial_lse + piece, mask=stored, other=_NEVER, cache_modifier=".cg")
+        x = tl.load(
+            partial + piece[:, :, None] * v_dim + lane_v[None, None, :],
+            mask=stored[:, :, None] & (lane_v < v_dim)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        keep = tl.exp2(top - new_top)
+        weight = tl.exp2(lse - new_top[None, :])
+        acc = acc * keep[:, None] + tl.sum(x * weight[:, :, None], 0)
+        denominator = denominator * keep + tl.sum(weight, 0)
+        top = new_top
+    result = acc / denominator[:, None]
+    tl.store(
+        out + q_head[:, None] * v_dim + lane_v[None, :],
+        result.to(out.dtype.element_ty),
+        mask=in_group[:, None] & (lane_v < v_dim)[None, :],
+    )
+
+
+@triton.jit
 def decode_kernel(
     query,
     k_cache,
@@ -154,6 +197,7 @@ def decode_kernel(
     header,
     partial,  # [items, q_heads, v_dim]
     partial_lse,  # [items, q_heads], base 2
+    arrived,  # int32 [rows, kv_heads], zero before and after
     sinks,  # [q_heads]
     out,  # [rows, q_heads, v_dim]
     scale,
@@ -172,11 +216,18 @@ def decode_kernel(
     page: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
+    stages: tl.constexpr,
+    group_pad: tl.constexpr,
+    join_tile: tl.constexpr,
     has_softcap: tl.constexpr,
     has_sinks: tl.constexpr,
     precision: tl.constexpr,
+    pdl: tl.constexpr,
 ):
-    """One program = one work item of one KV head. A row in one piece is finished here, others leave partials."""
+    """One program = one work item of one KV head. Of a row in several pieces, the program that arrives last joins them.
+
+    With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended.
+    """
     head = tl.program_id(0) % kv_heads
     item = tl.program_id(0) // kv_heads
     if item < tl.load(header):
@@ -193,6 +244,11 @@ def decode_kernel(
         lane_v = tl.arange(0, v_pad)
         in_group = lane_m < group
         q_head = head * group + lane_m
+        table = block_table + tl.load(row_slot + row) * table_row
+        block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
+        if pdl:
+            gdc_wait()
+            gdc_launch_dependents()
         q = tl.load(
             query + row * query_row + q_head[:, None] * query_head + lane_k[None, :],
             mask=in_group[:, None] & (lane_k < k_dim)[None, :],
@@ -206,9 +262,7 @@ def decode_kernel(
                 top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * _LOG2E
                 denominator += 1.0
         acc = tl.zeros([block_m, v_pad], tl.float32)
-        table = block_table + tl.load(row_slot + row) * table_row
-        block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
-        for first in tl.range(start, stop, block_n):
+        for first in tl.range(start, stop, block_n, num_stages=stages):
             token = first + lane_n
             place = (block.to(tl.int64) * page + token % page) * kv_heads + head
             ahead = token + block_n
@@ -218,55 +272,25 @@ def decode_kernel(
             scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
             scores = tl.where((token < stop)[None, :], scores, _NEVER)
             top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
-        result = acc / denominator[:, None]
+        result = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
         stored = in_group[:, None] & (lane_v < v_dim)[None, :]
+        row_out = out + row * (kv_heads * group) * v_dim
         if splits == 1:
-            place_out = (row * (kv_heads * group) + q_head)[:, None] * v_dim + lane_v[None, :]
-            tl.store(out + place_out, result.to(out.dtype.element_ty), mask=stored)
+            place_out = q_head[:, None] * v_dim + lane_v[None, :]
+            tl.store(row_out + place_out, result.to(out.dtype.element_ty), mask=stored)
         else:
-            piece = (tl.load(row_offset + row) + split) * (kv_heads * group) + q_head
+            first_piece = tl.load(row_offset + row)
+            piece = (first_piece + split) * (kv_heads * group) + q_head
             tl.store(partial + piece[:, None] * v_dim + lane_v[None, :], result, mask=stored)
             tl.store(partial_lse + piece, top + tl.log2(denominator), mask=in_group)
-
-
-@triton.jit
-def combine_kernel(
-    partial,
-    partial_lse,
-    row_splits,
-    row_offset,
-    sinks,
-    out,
-    q_heads: tl.constexpr,
-    v_dim: tl.constexpr,
-    v_pad: tl.constexpr,
-    has_sinks: tl.constexpr,
-):
-    """Join the pieces of a row that was cut; one program for each row and query head. A row of no keys gets zeros."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    splits = tl.load(row_splits + row)
-    if splits != 1:
-        first = tl.load(row_offset + row)
-        lane = tl.arange(0, v_pad)
-        top = _NEVER + 0.0
-        denominator = 0.0
-        if has_sinks:
-            top = tl.load(sinks + head).to(tl.float32) * _LOG2E
-            denominator = 1.0
-        acc = tl.zeros([v_pad], tl.float32)
-        for i in range(0, splits):
-            piece = (first + i) * q_heads + head
-            lse = tl.load(partial_lse + piece)
-            x = tl.load(partial + piece * v_dim + lane, mask=lane < v_dim, other=0.0)
-            new_top = tl.maximum(top, lse)
-            keep = tl.exp2(top - new_top)
-            weight = tl.exp2(lse - new_top)
-            acc = acc * keep + x * weight
-            denominator = denominator * keep + weight
-            top = new_top
-        result = acc / tl.where(denominator == 0.0, 1.0, denominator)
-        tl.store(out + (row * q_heads + head) * v_dim + lane, result.to(out.dtype.element_ty), mask=lane < v_dim)
+            tl.debug_barrier()  # every thread's part must be there before the arrival is told
+            arrival = arrived + row * kv_heads + head
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == splits - 1:
+                _join(
+                    partial, partial_lse, first_piece, splits, head, sinks, row_out,
+                    kv_heads * group, group, group_pad, v_dim, v_pad, join_tile, has_sinks,
+                )  # fmt: skip
+                tl.store(arrival, 0)
 
 
 @triton.jit(do_not_specialize=["row_slot", "kv_len", "query_start"])

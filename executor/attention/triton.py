@@ -14,14 +14,16 @@ import torch
 import triton
 
 from executor.attention import LayerSpec, PagedLayer
-from executor.attention.kernels import combine_kernel, decode_kernel, prefill_kernel, split_kernel, write_kv_kernel
+from executor.attention.kernels import decode_kernel, prefill_kernel, split_kernel, write_kv_kernel
 from executor.inputs import StepInputs
 
 _LOG2E: Final = math.log2(math.e)
 _NO_WINDOW: Final = 1 << 30
 _PROGRAMS_PER_SM: Final = 2  # decode programs that run at once on one multiprocessor
+_FEW_ROWS: Final = 32  # rows that one warp cuts
 _SPLIT_BLOCK: Final = 64
 _MIN_CHUNK: Final = 128
+_JOIN_LANES: Final = 2048  # numbers that one warp joins at once
 _CHUNK_OVERHEAD: Final = 96  # cost of starting a work item, in KV tokens
 
 
@@ -33,7 +35,7 @@ class WorkList:
         self.kv_heads = kv_heads
         self._slots = max(1, _multiprocessors(device) * _PROGRAMS_PER_SM // kv_heads)
         self._max_rows = max_rows
-        self._rows_pad = triton.next_power_of_2(max_rows)
+        self._rows_pad = max(_FEW_ROWS, triton.next_power_of_2(max_rows))
         items = self.capacity(max_rows)
         self.item_row = torch.zeros(items, dtype=torch.int32, device=device)
         self.item_split = torch.zeros(items, dtype=torch.int32, device=device)
@@ -59,11 +61,11 @@ class WorkList:
             self.capacity(rows),
             self._slots,
             self.window,
-            rows_pad=self._rows_pad,
+            rows_pad=_FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
             block_n=_SPLIT_BLOCK,
             min_chunk=_MIN_CHUNK,
             overhead=_CHUNK_OVERHEAD,
-            num_warps=4,
+            num_warps=1 if rows <= _FEW_ROWS else 8,
         )
 
 
@@ -81,6 +83,8 @@ class TritonBackend:
         width = max(spec.q_heads * spec.v_dim for spec in specs)
         self._partial = torch.zeros(items * width, dtype=torch.float32, device=device)
         self._partial_lse = torch.zeros(items * heads, dtype=torch.float32, device=device)
+        kv_heads = max(spec.kv_heads for spec in specs)
+        self._arrived = torch.zeros(max_rows * kv_heads, dtype=torch.int32, device=device)
         self._inputs: StepInputs | None = None
 
     def begin(self, inputs: StepInputs) -> None:
@@ -97,23 +101,37 @@ class TritonBackend:
         value: torch.Tensor,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        inputs, spec = self._inputs, layer.spec
-        assert inputs is not None, "attend before begin"
+        assert self._inputs is not None, "attend before begin"
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        _write(layer, self._inputs, key, value)
+        return self.read(layer, query, sinks)
+
+    def read(
+        self, layer: PagedLayer, query: torch.Tensor, sinks: torch.Tensor | None = None, pdl: bool = False
+    ) -> torch.Tensor:
+        """`attend` for keys and values that are in their pages already. `pdl`: start while the kernel ahead ends."""
+        inputs, spec = self._inputs, layer.spec
+        assert inputs is not None, "read before begin"
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
-        _write(layer, inputs, key, value)
         if inputs.num_decode:
-            self._decode(layer, inputs, query, sinks, out)
+            self._decode(layer, inputs, query, sinks, out, pdl)
         if inputs.num_rows > inputs.num_decode:
             _prefill(layer, inputs, query, sinks, out)
         return out
 
     def _decode(
-        self, layer: PagedLayer, inputs: StepInputs, query: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+        self,
+        layer: PagedLayer,
+        inputs: StepInputs,
+        query: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        pdl: bool,
     ) -> None:
         spec, rows = layer.spec, inputs.num_decode
         work = self._work[spec.window, spec.kv_heads]
         block_n, num_warps, num_stages = _decode_tile(spec)
+        group_pad, v_pad = triton.next_power_of_2(spec.group), triton.next_power_of_2(spec.v_dim)
         decode_kernel[(work.capacity(rows) * spec.kv_heads,)](
             query,
             layer.k_cache,
@@ -128,6 +146,7 @@ class TritonBackend:
             work.header,
             self._partial,
             self._partial_lse,
+            self._arrived,
             query if sinks is None else sinks,
             out,
             *_scales(spec),
@@ -139,24 +158,15 @@ class TritonBackend:
             page=self._block_size,
             block_m=max(16, triton.next_power_of_2(spec.group)),
             block_n=block_n,
+            stages=num_stages,
+            group_pad=group_pad,
+            join_tile=max(1, min(8, _JOIN_LANES * num_warps // (group_pad * v_pad))),
             has_softcap=spec.softcap is not None,
             has_sinks=sinks is not None,
             precision=_precision(spec),
+            pdl=pdl,
             num_warps=num_warps,
-            num_stages=num_stages,
-        )
-        combine_kernel[(rows, spec.q_heads)](
-            self._partial,
-            self._partial_lse,
-            work.row_splits,
-            work.row_offset,
-            query if sinks is None else sinks,
-            out,
-            q_heads=spec.q_heads,
-            v_dim=spec.v_dim,
-            v_pad=triton.next_power_of_2(spec.v_dim),
-            has_sinks=sinks is not None,
-            num_warps=2,
+            launch_pdl=pdl,
         )
 
 
@@ -245,9 +255,12 @@ def _row_bytes(spec: LayerSpec) -> int:
 
 
 def _decode_tile(spec: LayerSpec) -> tuple[int, int, int]:
-    """(KV tokens, warps, pipeline stages): measured best for head 128 in bf16, smaller where a token is wider."""
-    if _row_bytes(spec) <= 512:
-        return 64, 4, 3
+    """(KV tokens, warps, pipeline stages): measured best for head 128 in bf16, smaller where a token is wider.
+
+    One warp has no barriers, and several programs of one warp fit a multiprocessor.
+    """
+    if _row_bytes(spec) <= 512 and spec.group <= 16:
+        return 32, 1, 4
     return (32, 4, 3) if _row_bytes(spec) <= 1024 else (16, 4, 2)
 
 

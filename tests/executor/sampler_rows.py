@@ -86,7 +86,12 @@ class Bench:
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.num_slots, self.vocab_size, self.max_logprobs, self.device)
+        self.sampler = Sampler(
+            torch.ones(self.num_slots, dtype=torch.int64, device=self.device),
+            self.vocab_size,
+            self.max_logprobs,
+            self.device,
+        )
         self.admit(self.rows)
 
     def tensor(self, values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -41,7 +41,7 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
 
         def sample_greedy(inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
             token = logits.argmax(-1).int()
-            state.set_tokens(inputs.row_slot, token)
+            state.last_token.index_copy_(0, inputs.row_slot, token.long())
             return token
 
         graphs = DecodeGraphs(

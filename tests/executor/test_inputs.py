@@ -109,22 +109,6 @@ def test_inputs_match_the_definition(num_decode: int, num_prefill: int) -> None:
         assert state.position.tolist() == positions.tolist()
 
 
-def test_padding_rows_stay_in_the_null_block() -> None:
-    rng = np.random.default_rng(1)
-    state = SlotState(LIMITS, torch.device("cpu"))
-    state.position[:2] = torch.tensor([9, 3])
-    state.block_table[:2] = torch.from_numpy(rng.integers(1, 99, (2, LIMITS.max_blocks_per_seq))).int()
-    row_slot = torch.tensor([1, 0, state.null_slot, state.null_slot], dtype=torch.int32)
-    for step in range(3):
-        inputs = build_decode_inputs(row_slot, torch.ones(4, dtype=torch.int32), state, 100)
-        state.clear_null_slot()
-        assert inputs.positions.tolist() == [3 + step, 9 + step, 0, 0]
-        assert inputs.kv_len.tolist() == [4 + step, 10 + step, 1, 1]
-        assert inputs.slot_mapping.tolist()[2:] == [0, 0]
-    assert state.position.tolist()[:2] == [12, 6]
-    assert int(state.position[state.null_slot]) == 0
-
-
 def test_deltas_reach_their_owners_in_order() -> None:
     state, sampler = SlotState(LIMITS, torch.device("cpu")), RecordingSampler()
     plan = synthetic_plan([3, 2], 0, PlanFlag.PENALTY | PlanFlag.BIAS)
@@ -196,3 +180,32 @@ def test_synthetic_plans_fit_the_limits() -> None:
             assert plan.num_tokens <= limits.max_tokens
             assert plan.max_kv_len <= limits.max_seq_len
             assert int(plan.row_query_len.min()) >= 1
+
+
+@pytest.mark.gpu
+def test_the_input_kernel_does_what_the_torch_version_does_and_padding_stays_in_the_null_block() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from executor.unpack_kernel import decode_inputs
+
+    limits = FrameLimits(max_rows=600, max_tokens=600, max_seq_len=500, block_size=4, max_logprobs=0)
+    device, random = torch.device("cuda"), torch.Generator().manual_seed(1)
+    index = torch.arange(limits.max_rows + 1, device=device)
+    for rows, padding in ((1, 0), (3, 5), (257, 43), (600, 0)):
+        want, got = SlotState(limits, device), SlotState(limits, device)
+        for name, high in (("position", 400), ("last_token", 9000), ("block_table", 5000)):
+            values = torch.randint(1, high, getattr(want, name).shape, generator=random)
+            values[want.null_slot] = 0
+            for state in (want, got):
+                getattr(state, name).copy_(values)
+        slots = torch.cat((torch.randperm(600, generator=random)[:rows], torch.full((padding,), want.null_slot)))
+        row_slot = slots.int().to(device)
+        ones = torch.ones_like(row_slot)
+        for _ in range(3):
+            want.position[want.null_slot] = 0
+            expected = build_decode_inputs(row_slot, ones, want, 500)
+            inputs = decode_inputs(row_slot, ones, index, got, 500)
+            for name in ("token_ids", "positions", "slot_mapping", "row_slot", "query_start", "kv_len", "last_index"):
+                assert getattr(inputs, name).tolist() == getattr(expected, name).tolist(), name
+            assert int(got.position[got.null_slot]) == 0
+            assert got.position[:600].tolist() == want.position[:600].tolist()

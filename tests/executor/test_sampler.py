@@ -150,6 +150,7 @@ def test_nan_marks_its_row_only(dtype: torch.dtype, extra: dict[str, object]) ->
     bench = Bench(VOCAB, rows)
     counts = bench.sampler.tables.token_counts.clone()
     assert bench.sample(logits).token.tolist() == [clean[0], INVALID_TOKEN, clean[2], INVALID_TOKEN, clean[4]]
+    assert bench.sampler.tables.last_token[:6].tolist() == [clean[0], 0, clean[2], 0, clean[4], 1], "carried over"
     changed = (bench.sampler.tables.token_counts != counts).sum(dim=1)[:5].tolist()
     assert changed == ([1, 0, 1, 0, 1] if extra else [0] * 5)
 

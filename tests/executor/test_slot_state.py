@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from executor.slot_state import SlotState
-from ipc.frames import INVALID_TOKEN, NULL_BLOCK, FrameLimits
+from ipc.frames import NULL_BLOCK, FrameLimits
 
 LIMITS = FrameLimits(max_rows=3, max_tokens=64, max_seq_len=40, block_size=16, max_logprobs=0)
 
@@ -35,18 +35,3 @@ def test_block_deltas_change_single_entries() -> None:
         torch.tensor([0, 2, 0], **int32), torch.tensor([0, 1, 2], **int32), torch.tensor([9, 8, 7], **int32)
     )
     assert state.block_table.tolist() == [[9, 0, 7], [0, 0, 0], [0, 8, 0], [0, 0, 0]]
-
-
-def test_an_invalid_token_is_carried_over_as_a_valid_id() -> None:
-    state = make_state()
-    state.last_token[:] = 1
-    state.set_tokens(torch.tensor([1, 0]), torch.tensor([INVALID_TOKEN, 41], dtype=torch.int32))
-    assert state.last_token.tolist() == [41, 0, 1, 1]
-
-
-def test_the_null_slot_never_advances() -> None:
-    state = make_state()
-    rows = torch.tensor([1, 3, 3])
-    state.set_positions(rows, state.position[rows] + 1)
-    state.clear_null_slot()
-    assert state.position.tolist() == [0, 1, 0, 0]

@@ -1,0 +1,203 @@
+"""A recognized transformers decoder, run by as few kernels as its data flow allows. CUDA and bfloat16 only.
+
+Owns the order of launches of a step. Called by `executor.model` in place of the module's own forward, with the module's
+own weights; must compute the same function, which is checked at load.
+
+    few rows (linear_kernel)                           many rows (cuBLAS)
+    embed                                              embed, norm
+    each layer:
+      norm·qkv                                         qkv
+      head norms, rotary, K and V into their pages     the same
+      attention                                        attention
+      o + residual                                     o; residual, norm
+      norm·gate, up, SiLU                              gate and up; SiLU
+      down + residual                                  down; residual, norm
+    norm·head                                          head
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.nn.functional as F
+import triton
+from tqdm import tqdm
+
+from executor.attention import PagedLayer
+from executor.inputs import StepInputs
+from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
+from executor.linear import MAX_ROWS, Linear, Scaled, SkinnyLinears, has_pdl, time_graph
+from executor.recognition import DecoderWeights, LayerWeights, NotRecognizedError
+
+if TYPE_CHECKING:
+    from executor.attention.triton import TritonBackend
+
+DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
+_GATE_BLOCK: Final = 1024
+_HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
+
+
+class FusedDecoder:
+    """The forward of a model, from token ids to logits."""
+
+    def __init__(
+        self, weights: DecoderWeights, layers: list[PagedLayer], backend: TritonBackend, max_model_len: int
+    ) -> None:
+        """Raises NotRecognizedError if the kernels cannot run this model."""
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        _require(dtype in DTYPES, f"its dtype is {dtype}")
+        for layer in layers:
+            spec = layer.spec
+            _require(
+                spec.k_dim == spec.v_dim and spec.k_dim & (spec.k_dim - 1) == 0, f"its heads are {spec.k_dim} wide"
+            )
+            _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
+        self._weights, self._layers, self._backend = weights, layers, backend
+        self._pdl = has_pdl(device)
+        self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
+        self._o = [Linear(layer.o) for layer in weights.layers]
+        self._gate_up = [Linear(layer.gate_up, gated=True) for layer in weights.layers]
+        self._down = [Linear(layer.down) for layer in weights.layers]
+        self._head = Linear(weights.head)
+        self._linears = [*self._qkv, *self._o, *self._gate_up, *self._down, self._head]
+        self._cos, self._sin = _rotary_table(weights.rotary, layers[0].spec.k_dim, max_model_len, dtype, device)
+        # The gain of the norm that follows each layer.
+        norms = [layer.input_norm for layer in weights.layers] + [weights.norm]
+        self._next_norm = norms[1:]
+        try:
+            self._skinny = SkinnyLinears(self._linears, device)
+        except ValueError as error:
+            raise NotRecognizedError(str(error)) from error
+        self.few_rows = MAX_ROWS  # steps of more tokens take cuBLAS
+
+    def tune(self) -> None:
+        """Choose the tiles of all linear layers for this GPU: seconds the first time, then read from disk."""
+        self._skinny.tune(
+            self._linears, lambda shapes: iter(tqdm(shapes, desc="tuning linear layers", unit="shape", disable=None))
+        )
+
+    def choose_few_rows(self, forward: Callable[[int], torch.Tensor]) -> None:
+        """Settle up to how many rows `linear_kernel` wins; `forward(rows)` runs a step of decode rows, capturable."""
+        for rows in (MAX_ROWS, MAX_ROWS // 2):
+            seconds = {}
+            for self.few_rows in (0, rows):
+                seconds[self.few_rows] = time_graph(lambda rows=rows: forward(rows))  # type: ignore[misc]
+            if seconds[rows] <= seconds[0]:
+                return
+        self.few_rows = MAX_ROWS // 4
+
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Write K and V of a step's tokens; logits [rows, vocab] at `inputs.last_index`. The backend has begun it."""
+        is_decode = inputs.num_rows == inputs.num_decode
+        if inputs.num_tokens <= self.few_rows:
+            return self._forward_few(inputs, None if is_decode else inputs.last_index)
+        return self._forward_many(inputs, None if is_decode else inputs.last_index)
+
+    def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
+        skinny = self._skinny
+        x, scaled = self._embed_scaled(inputs)
+        for i, layer in enumerate(self._weights.layers):
+            attended = self._attend(i, layer, skinny(self._qkv[i], scaled), inputs)
+            x, scaled = skinny.add(self._o[i], attended, x, layer.mlp_norm.gain, layer.mlp_norm.eps)
+            hidden = skinny(self._gate_up[i], scaled)
+            norm = self._next_norm[i]
+            x, scaled = skinny.add(self._down[i], hidden, x, norm.gain, norm.eps)
+        if last is not None:
+            scaled = Scaled(scaled.value[last], scaled.square[:, last].contiguous(), scaled.eps)
+        return skinny(self._head, scaled)
+
+    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
+        x, normed = self._embed_normed(inputs)
+        for i, layer in enumerate(self._weights.layers):
+            attended = self._attend(i, layer, F.linear(normed, layer.qkv, layer.qkv_bias), inputs)
+            self._add_norm(x, F.linear(attended, layer.o), layer.mlp_norm, normed)
+            hidden = self._gate(F.linear(normed, layer.gate_up))
+            self._add_norm(x, F.linear(hidden, layer.down), self._next_norm[i], normed)
+        return F.linear(normed if last is None else normed[last], self._head.weight)
+
+    def _attend(self, index: int, weights: LayerWeights, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """[tokens, q_heads * dim]"""
+        layer = self._layers[index]
+        spec, tokens = layer.spec, len(qkv)
+        query = qkv.new_empty(tokens, spec.q_heads, spec.k_dim)
+        heads = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= MAX_ROWS else _HEADS)
+        q_norm, k_norm = weights.q_norm, weights.k_norm
+        rotate_kernel[(tokens, (spec.q_heads + 2 * spec.kv_heads) // heads)](
+            qkv,
+            inputs.positions,
+            self._cos,
+            self._sin,
+            None if q_norm is None else q_norm.gain,
+            None if k_norm is None else k_norm.gain,
+            inputs.slot_mapping,
+            query,
+            layer.k_cache,
+            layer.v_cache,
+            0.0 if q_norm is None else q_norm.eps,
+            q_heads=spec.q_heads,
+            kv_heads=spec.kv_heads,
+            dim=spec.k_dim,
+            block_h=heads,
+            has_norm=q_norm is not None,
+            pdl=self._pdl,
+            num_warps=1 if heads * spec.k_dim <= 512 else 4,
+            launch_pdl=self._pdl,
+        )
+        return self._backend.read(layer, query, pdl=self._pdl).view(tokens, -1)
+
+    def _embed_scaled(self, inputs: StepInputs) -> tuple[torch.Tensor, Scaled]:
+        x, scaled, square = self._embed(inputs, normed=False)
+        return x, Scaled(scaled, square[None], self._weights.layers[0].input_norm.eps)
+
+    def _embed_normed(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        x, normed, _ = self._embed(inputs, normed=True)
+        return x, normed
+
+    def _embed(self, inputs: StepInputs, normed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        table, norm = self._weights.embedding, self._weights.layers[0].input_norm
+        width, rows = table.shape[1], inputs.num_tokens
+        x, scaled = table.new_empty(rows, width), table.new_empty(rows, width)
+        square = torch.empty(rows, dtype=torch.float32, device=table.device)
+        embed_kernel[(rows,)](
+            inputs.token_ids, table, norm.gain, x, scaled, square, norm.eps,
+            width=width, width_pad=triton.next_power_of_2(width), normed=normed, pdl=False, num_warps=4,
+        )  # fmt: skip
+        return x, scaled, square
+
+    def _add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: Any, normed: torch.Tensor) -> None:
+        rows, width = x.shape
+        add_norm_kernel[(rows,)](
+            x, y, norm.gain, normed, norm.eps, width=width, width_pad=triton.next_power_of_2(width),
+            pdl=self._pdl, num_warps=4 if width <= 2048 else 8, launch_pdl=self._pdl,
+        )  # fmt: skip
+
+    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
+        gate_kernel[(rows, triton.cdiv(width, _GATE_BLOCK))](
+            gate_up, out, width=width, block=_GATE_BLOCK, pdl=self._pdl, num_warps=4, launch_pdl=self._pdl
+        )
+        return out
+
+
+def _rotary_table(
+    rotary: Any, dim: int, positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [positions, dim / 2], as the model's own module computes them."""
+    ids = torch.arange(positions, device=device)[None]
+    x = torch.empty(1, 1, 1, dtype=dtype, device=device)
+    halves = []
+    for table in rotary(x, ids):
+        _require(table.shape == (1, positions, dim), f"its rotary table is {list(table.shape)}")
+        first, second = table[0].chunk(2, dim=-1)
+        _require(torch.equal(first, second), "its rotary halves differ")
+        halves.append(first.contiguous())
+    return halves[0], halves[1]
+
+
+def _require(holds: bool, difference: str) -> None:
+    if not holds:
+        raise NotRecognizedError(difference)
