@@ -90,9 +90,9 @@ class FusedDecoder:
         self.few_rows = MAX_ROWS // 4
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Write K and V of a step's tokens; logits [rows, vocab] at `inputs.last_index`. The backend has begun it."""
+        """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`. The backend has begun."""
         is_decode = inputs.num_rows == inputs.num_decode
-        if inputs.num_tokens <= self.few_rows:
+        if max(inputs.num_tokens, len(inputs.last_index)) <= self.few_rows:  # rows and scores may be more than tokens
             return self._forward_few(inputs, None if is_decode else inputs.last_index)
         return self._forward_many(inputs, None if is_decode else inputs.last_index)
 

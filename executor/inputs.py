@@ -39,7 +39,9 @@ class StepInputs:
     row_slot: torch.Tensor  # int64 [rows]
     query_start: torch.Tensor  # int32 [rows + 1], row -> first token
     kv_len: torch.Tensor  # int32 [rows], this step's tokens included; also the position of the token to sample
-    last_index: torch.Tensor  # int64 [rows], index of each row's last token: where logits are wanted
+    last_index: (
+        torch.Tensor
+    )  # int64 [rows + scores], each row's last token, and each scored one: where logits are wanted
     row_sample: torch.Tensor  # int32 [rows], 0 = the row ends inside its prompt
     block_table: torch.Tensor  # int32 [slots, max_blocks_per_seq]; indexed by row_slot
 
@@ -61,6 +63,10 @@ class PlanHeader:
     @property
     def num_rows(self) -> int:
         return self.words[PlanWord.NUM_ROWS]
+
+    @property
+    def num_scores(self) -> int:
+        return self.words[PlanWord.NUM_SCORES]
 
     @property
     def num_decode(self) -> int:
@@ -143,6 +149,9 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
     positions = position[token_row] + offset
     kv_len = position + query_len
     state.set_positions(row_slot, kv_len)
+    last_index = (query_start[1:] - 1).long()
+    if header.num_scores:
+        last_index = torch.cat((last_index, plan.column("score_index", header.num_scores).long()))
     return StepInputs(
         num_rows=rows,
         num_decode=num_decode,
@@ -155,7 +164,7 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
         row_slot=row_slot,
         query_start=query_start,
         kv_len=kv_len.int(),
-        last_index=(query_start[1:] - 1).long(),
+        last_index=last_index,
         row_sample=row_sample,
         block_table=state.block_table,
     )

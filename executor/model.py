@@ -90,7 +90,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Run a step: writes K and V of its tokens, returns logits [rows, vocab] at `inputs.last_index`.
+        """Run a step: writes K and V of its tokens, returns logits [rows + scores, vocab] at `inputs.last_index`.
 
         Capturable in a CUDA graph when all rows are decode rows.
         """

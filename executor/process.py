@@ -164,7 +164,7 @@ class Executor:
             result,
             seq=plan_seq,
             epoch=self._epoch,
-            num_rows=header.num_rows,
+            num_rows=header.num_rows + header.num_scores,
             has_logprobs=bool(header.flags & PlanFlag.LOGPROBS),
             device_ns=times.device_ns,
             gap_ns=times.gap_ns,

@@ -111,6 +111,10 @@ class Sampler:
             return Sampled(token)
         return _with_logprobs(token, logits, self._max_logprobs)
 
+    def score(self, logits: torch.Tensor, token: torch.Tensor) -> Sampled:
+        """How probable `token` int32 [scores] was by `logits` [scores, vocab_size]."""
+        return _with_logprobs(token, logits, self._max_logprobs)
+
     def warm_up(self, logits: torch.Tensor) -> None:
         """Compile every kernel that `sample` can need for logits like these [rows, vocab_size], at the null slot."""
         null_slot = torch.full((len(logits),), len(self.tables.params) - 1, device=logits.device)

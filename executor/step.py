@@ -51,6 +51,7 @@ class StepRunner:
         """Bytes of this step's output that the host wants."""
         if header.flags & PlanFlag.LOGPROBS:
             return self._layout.nbytes - RESULT_HEADER_BYTES
+        assert not header.num_scores, "scores are log-probabilities"
         return 4 * header.num_rows
 
     def run(self, header: PlanHeader, poison: bool, staged: torch.Tensor, output: torch.Tensor) -> None:
@@ -77,8 +78,11 @@ class StepRunner:
             self._column(output, self._layout.token, rows).copy_(graph.token[:rows])
         else:
             row_sample = plan.column("row_sample", rows)
-            sampled = self._sampler.sample(logits, row_slot, kv_len, row_sample, flags)
-            self._write(output, sampled)
+            sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags)
+            self._write(output, sampled, 0)
+            if header.num_scores:
+                scored = self._sampler.score(logits[rows:], plan.column("score_token", header.num_scores))
+                self._write(output, scored, rows)
 
     def run_alone(self, plan: Plan, limits: FrameLimits) -> None:
         """Run one synthetic plan outside the pipeline, on the current stream: for profiling and warm-up."""
@@ -100,21 +104,22 @@ class StepRunner:
     def _sample_greedy(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         return self._sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE).token
 
-    def _column(self, output: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-        start = offset - RESULT_HEADER_BYTES
+    def _column(self, output: torch.Tensor, offset: int, count: int, skip: int = 0) -> torch.Tensor:
+        start = offset - RESULT_HEADER_BYTES + 4 * skip
         column: torch.Tensor = output[start : start + 4 * count].view(torch.int32)
         return column
 
-    def _write(self, output: torch.Tensor, sampled: Sampled) -> None:
+    def _write(self, output: torch.Tensor, sampled: Sampled, first: int) -> None:
+        """Fill the output's rows from `first` on."""
         layout, rows = self._layout, len(sampled.token)
-        self._column(output, layout.token, rows).copy_(sampled.token)
+        self._column(output, layout.token, rows, first).copy_(sampled.token)
         if sampled.logprob is None:
             return
         assert sampled.rank is not None, "log-probabilities come with ranks"
         assert sampled.top_token is not None, "and with the most probable tokens"
         assert sampled.top_logprob is not None, "and with theirs"
-        top = rows * layout.max_logprobs
-        self._column(output, layout.logprob, rows).view(torch.float32).copy_(sampled.logprob)
-        self._column(output, layout.rank, rows).copy_(sampled.rank)
-        self._column(output, layout.top_token, top).copy_(sampled.top_token.reshape(-1))
-        self._column(output, layout.top_logprob, top).view(torch.float32).copy_(sampled.top_logprob.reshape(-1))
+        top, skip = rows * layout.max_logprobs, first * layout.max_logprobs
+        self._column(output, layout.logprob, rows, first).view(torch.float32).copy_(sampled.logprob)
+        self._column(output, layout.rank, rows, first).copy_(sampled.rank)
+        self._column(output, layout.top_token, top, skip).copy_(sampled.top_token.reshape(-1))
+        self._column(output, layout.top_logprob, top, skip).view(torch.float32).copy_(sampled.top_logprob.reshape(-1))

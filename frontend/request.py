@@ -228,8 +228,6 @@ def prepare(params: GenerateParams, card: ModelCard, prompt_tokens: int) -> list
     max_tokens = room if params.max_tokens is None else wanted
     if params.min_tokens > max_tokens:
         raise _invalid("min_tokens", f"at most {max_tokens}, the room the prompt leaves", params.min_tokens)
-    if params.prompt_logprobs is not None:
-        raise InvalidParameterError("log-probabilities of the prompt are not supported", param="prompt_logprobs")
     for name in ("logprobs", "prompt_logprobs"):
         asked = getattr(params, name)
         if asked is not None and asked > card.max_logprobs:

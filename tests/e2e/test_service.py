@@ -113,7 +113,6 @@ def test_usage_is_streamed_only_when_asked_for(sdk: openai.OpenAI) -> None:
     assert all(part.usage is None and part.choices for part in parts)
 
 
-@pytest.mark.skip(reason="the executor does not score prompts yet")
 def test_prompt_logprobs_are_those_of_transformers(sdk: openai.OpenAI) -> None:
     """As an evaluation harness asks for them; 300 tokens take several steps, the second request meets a warm cache."""
     prompts = [documents()[:300], documents()[5000:5020]]

@@ -151,7 +151,6 @@ def test_logprobs_of_both_apis(http: httpx.Client) -> None:
         assert len(entry["top_logprobs"]) == 2
 
 
-@pytest.mark.skip(reason="the executor does not score prompts yet")
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_has_the_logprobs_of_the_prompt(http: httpx.Client, stream: bool) -> None:
     """In the fake engine they are all 0; a prompt of 400 tokens takes several steps."""
@@ -171,7 +170,6 @@ def test_an_echo_has_the_logprobs_of_the_prompt(http: httpx.Client, stream: bool
         assert choices[0]["logprobs"]["text_offset"][:2] == [0, len(tokens[0])]
 
 
-@pytest.mark.skip(reason="the executor does not score prompts yet")
 def test_prompt_logprobs_as_vllm_writes_them(http: httpx.Client) -> None:
     ids = byte_level_tokenizer().encode("the end of it")
     choice = complete(http, prompt=ids, prompt_logprobs=1)["choices"][0]
