@@ -6,4 +6,5 @@ source scripts/setup.sh
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# Files go to the workers whole, because their tests share engines, and in this order, the longest first.
+.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

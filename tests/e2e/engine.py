@@ -71,7 +71,7 @@ def read_line(process: subprocess.Popen[str], limit_s: float) -> str:
 
 
 @contextlib.contextmanager
-def running_engine(*flags: str, model: Path = DEMO_MODEL, exit_code: int = 0) -> Iterator[Engine]:
+def running_engine(*flags: str, model: Path | str = DEMO_MODEL, exit_code: int = 0) -> Iterator[Engine]:
     """An engine with the given flags on a free port; checks on leaving that it ends with `exit_code`."""
     command = [sys.executable, "-P", "-m", "frontend.launch", "--model", str(model), "--port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

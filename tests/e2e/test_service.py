@@ -158,6 +158,24 @@ def test_finish_reasons(sdk: openai.OpenAI) -> None:
     assert complete(sdk, max_tokens=2).choices[0].finish_reason == "length"
 
 
+def test_stop_ids_and_min_tokens(client: Client) -> None:
+    free = client.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True).token_ids
+    stop = free[3]
+    stopped = client.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True, stop_token_ids=[stop])
+    assert stopped.token_ids == free[: free.index(stop) + 1]
+    assert stopped.choices[0].finish_reason == "stop"
+    later = client.generate(PROMPT, max_tokens=24, temperature=0.0, stop_token_ids=[stop], min_tokens=20)
+    assert len(later.token_ids) >= 20
+    assert stop not in later.token_ids[:20]
+
+
+def test_the_context_can_be_filled_to_its_last_token(client: Client) -> None:
+    """Without max_tokens, a request runs to the context limit: the last row of the last block."""
+    answer = client.generate([5] * (CONTEXT_TOKENS - 20), temperature=0.0, ignore_eos=True)
+    assert len(answer.token_ids) == 20
+    assert answer.choices[0].finish_reason == "length"
+
+
 def test_logprobs_name_every_token(sdk: openai.OpenAI) -> None:
     choice = complete(sdk, logprobs=3).choices[0]
     logprobs = choice.logprobs

@@ -42,6 +42,18 @@ def test_deltas_concatenate_to_the_text(kind: str, data: st.DataObject, text: st
     assert not any("\ufffd" in part for part in texts)
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("text", ["é the 😀", "ñ😀 stop"])
+def test_every_cut_there_is(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert 4 <= len(ids) <= 12
+    for cuts in range(1 << (len(ids) - 1)):  # bit i: a cut after token i
+        ends = [i + 1 for i in range(len(ids)) if cuts >> i & 1 or i == len(ids) - 1]
+        parts = [ids[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        assert "".join(stream(Detokenizer(tokenizer, ()), parts)) == tokenizer.decode(ids) == text
+
+
 @given(data=st.data())
 @settings(max_examples=300, **PATIENT)
 def test_random_ids_of_a_byte_level_tokenizer(data: st.DataObject) -> None:

@@ -236,7 +236,7 @@ def test_a_killed_launcher_takes_everything_along(folder: Path) -> None:
     with launched(folder) as engine:
         children = list(engine.roles().values())
         engine.process.kill()
-        gone, alive = psutil.wait_procs(children, timeout=5)
+        gone, alive = psutil.wait_procs(children, timeout=STOP_S)
         assert not alive
         assert len(gone) == 3
 
