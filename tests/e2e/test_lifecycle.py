@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -20,7 +23,7 @@ import pytest
 
 from frontend import AsyncClient
 from frontend.request import Completion
-from tests.e2e.engine import Engine, running_engine, wait_until
+from tests.e2e.engine import DEMO_MODEL, Engine, running_engine, wait_until
 
 WAIT_S = 60.0
 FLAGS = ("--device", "cpu", "--dtype", "float32")
@@ -166,6 +169,27 @@ def test_a_killed_launcher_takes_everything_along(folder: Path) -> None:
             wait_until(lambda: all(map(is_gone, children)), WAIT_S, "all children are gone")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{engine.root}/health")
+
+
+def test_a_terminal_shows_the_progress_of_loading_and_ctrl_c_ends_it() -> None:
+    terminal, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "-P", "-m", "frontend.launch", "--model", str(DEMO_MODEL), "--port", "0", *FLAGS]
+    process = subprocess.Popen(command, preexec_fn=lambda: os.login_tty(theirs))
+    os.close(theirs)
+    shown = b""
+    try:
+        while b"Serving demo on http://127.0.0.1:" not in shown:
+            assert select.select([terminal], [], [], 3 * WAIT_S)[0], shown
+            shown += os.read(terminal, 4096)
+        assert re.search(rb"Loading weights: +100%", shown), shown
+        os.write(terminal, b"\x03")
+        wait_until(lambda: process.poll() is not None, WAIT_S, "it ends")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
 
 
 async def undisturbed(client: AsyncClient, prompt: str) -> Completion:

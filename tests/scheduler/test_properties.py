@@ -43,7 +43,10 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
     waiting = list(asked)
     pace = {move: rng.choice([0.05, 0.5, 0.8, 1.0]) for move in ("plan", "run", "retire")}  # 0.05: a stalled process
     aborts = crashes = 0
-    for _ in range(30_000):
+    for turn in range(30_000):
+        eventful = (
+            turn < 1000
+        )  # then nothing but progress empties the engine: an abort or a crash would hide a livelock
         if not waiting and not pipeline.state.requests and not pipeline.state.inflight:
             break
         if waiting and rng.random() < 0.5:
@@ -56,9 +59,9 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
                 stop_token_ids=tuple(stop_ids),
                 prompt_logprobs=0 if request_id in scored else -1,
             )
-        if rng.random() < 0.02:
+        if eventful and rng.random() < 0.02:
             aborts += pipeline.abort(rng.randrange(len(asked)))
-        if rng.random() < 0.01:
+        if eventful and rng.random() < 0.01:
             pipeline.crash()
             crashes += 1
         moved = pipeline.plan() if rng.random() < pace["plan"] else False
@@ -180,6 +183,39 @@ def _forget_output_on_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state.SchedulerState, "preempt", lossy)
 
 
+def _forget_output_on_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that frontends have are sampled and sent once more."""
+    lost = state.SchedulerState.executor_lost
+
+    def lossy(scheduler: state.SchedulerState) -> None:
+        running = [scheduler.slots.request[slot] for slot in scheduler.slots.running.tolist()]
+        lost(scheduler)
+        for request in running:
+            assert request is not None
+            request.tokens = request.tokens[: request.prompt_len]
+
+    monkeypatch.setattr(state.SchedulerState, "executor_lost", lossy)
+
+
+def _leak_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = BlockPool.release
+    monkeypatch.setattr(
+        BlockPool, "release", lambda pool, blocks: release(pool, blocks[: len(blocks) // 8 * 8 or None])
+    )
+
+
+def _let_the_head_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that needs more than half of the cache is never admitted, and no one overtakes it."""
+    admit_waiting = planner._admit_waiting
+
+    def picky(scheduler: state.SchedulerState, draft: planner._Draft) -> None:
+        head = scheduler.queue.head()
+        if head is None or 2 * len(head.tokens) < scheduler.max_seq_len:
+            admit_waiting(scheduler, draft)
+
+    monkeypatch.setattr(planner, "_admit_waiting", picky)
+
+
 def _ignore_stop_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     append = retire._append
 
@@ -221,6 +257,9 @@ def _score_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         _keep_cache_over_crash,
         _use_last_block_of_prompt,
         _forget_output_on_preemption,
+        _forget_output_on_crash,
+        _leak_a_block,
+        _let_the_head_wait_for_ever,
         _ignore_stop_ids,
         _score_anew_after_preemption,
         _score_from_the_cache,
