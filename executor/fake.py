@@ -18,11 +18,11 @@ import numpy as np
 
 import executor
 import ipc
-from executor.fault import read_fault
 from executor.wire import Wire
 from ipc.clock import now_ns
 from ipc.config import EngineConfig, ExecutorChannels, read_start
 from ipc.errors import ConfigError
+from ipc.fault import read_fault
 from ipc.frames import (
     INVALID_TOKEN,
     RESULT_HEADER_BYTES,
@@ -63,7 +63,7 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
     """Serve plans until SIGTERM; returns the exit code."""
     wire = Wire(channels)
     wire.stop_on_sigterm()
-    model, fault = FakeModel(config), read_fault(channels.epoch)
+    model, fault = FakeModel(config), read_fault("executor", channels.epoch)
     layout = config.result_layout
     step_ns = 1000 * int(os.environ.get("ENGINE_FAKE_STEP_US", "0"))
     wire.hello(config.num_blocks or DEFAULT_NUM_BLOCKS)
@@ -71,8 +71,8 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
     while (payload := wire.next_plan()) is not None:
         step += 1
         start_ns = now_ns()
-        poison = fault.strike(step)
         plan = read_plan(payload)
+        poison = fault.strike(step, plan.prefill_token)
         result_seq, result = wire.begin_result()
         tokens = np.concatenate((model.step(plan), plan.score_token))
         if poison:

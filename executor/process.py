@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from executor.compilation import stop_compiling
-from executor.fault import read_fault
 from executor.inputs import PlanHeader
 from executor.lanes import Lanes, StepTimes, open_streams
 from executor.model import choose_num_blocks, compile_model, load_model, optimize_model
@@ -29,7 +28,8 @@ from executor.wire import Wire
 from ipc.clock import now_ns, now_s
 from ipc.config import EngineConfig, ExecutorChannels
 from ipc.errors import ConfigError
-from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanFlag, PlanWord, write_result_header
+from ipc.fault import read_fault
+from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanFlag, PlanWord, read_plan, write_result_header
 
 
 def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | None = None) -> int:
@@ -74,9 +74,9 @@ class Executor:
     """Everything between the two rings: the step runner, the lanes, and the loop that connects them."""
 
     def __init__(self, config: EngineConfig, channels: ExecutorChannels, wire: Wire, phases: Phases) -> None:
-        self._wire, self._epoch = wire, channels.epoch
+        self._wire = wire
         self._limits, self._layout = config.limits, config.result_layout
-        self._fault = read_fault(channels.epoch)
+        self._fault = read_fault("executor", channels.epoch)
         self._error: BaseException | None = None
         self._device = open_device(config, channels.rank)
         self._streams = open_streams(self._device)
@@ -136,7 +136,7 @@ class Executor:
         while (payload := self._wire.next_plan()) is not None:
             since_ns = now_ns()
             step += 1
-            poison = self._fault.strike(step)
+            poison = self._fault.strike(step, read_plan(payload).prefill_token if self._fault.kind else None)
             self._launch(payload, poison, since_ns)
         if self._error is not None:
             traceback.print_exception(self._error)
@@ -163,7 +163,7 @@ class Executor:
         write_result_header(
             result,
             seq=plan_seq,
-            epoch=self._epoch,
+            epoch=header.words[PlanWord.EPOCH],
             num_rows=header.num_rows + header.num_scores,
             has_logprobs=bool(header.flags & PlanFlag.LOGPROBS),
             device_ns=times.device_ns,

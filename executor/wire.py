@@ -60,7 +60,8 @@ class Wire:
     def next_plan(self) -> Bytes | None:
         """Payload of the next plan of this epoch; sleeps until there is one. None when asked to stop.
 
-        Plans of another epoch are given back unread: their requests belong to a life that has ended.
+        Plans of an earlier epoch are given back unread: they belong to an executor that has ended. Those of a later one
+        come from a scheduler that was restarted while this executor lived.
         """
         self.waited = False
         while not self._stopping:
@@ -71,7 +72,7 @@ class Wire:
                 continue
             words = payload[: 8 * PlanWord.OFFSETS].view("i8")
             self.plans.advance()
-            if words[PlanWord.EPOCH] == self._channels.epoch:
+            if words[PlanWord.EPOCH] >= self._channels.epoch:
                 return payload
             self.plans.ack(int(words[PlanWord.SEQ]))
         return None

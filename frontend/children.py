@@ -45,8 +45,8 @@ class Plumbing:
         self.parent_pipe, self._death_pipe = os.pipe2(os.O_CLOEXEC)
         self.endpoints = EndpointDirectory()
 
-    def scheduler(self) -> tuple[SchedulerChannels, list[int]]:
-        """The scheduler's channels, and the fds among them."""
+    def scheduler(self, life: int) -> tuple[SchedulerChannels, list[int]]:
+        """The channels of the scheduler's life number `life`, and the fds among them."""
         channels = SchedulerChannels(
             plan_ring=self.plan_ring,
             plan_bells=(self.plan_bell.fd,),
@@ -55,11 +55,12 @@ class Plumbing:
             frontend=self.endpoints.frontend,
             control=self.endpoints.control,
             parent_pipe=self.parent_pipe,
+            life=life,
         )
         return channels, [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd, self.parent_pipe]
 
     def executor(self, epoch: int) -> tuple[ExecutorChannels, list[int]]:
-        """The channels of the executor's life number `epoch`, and the fds among them."""
+        """The channels of an executor whose first epoch is `epoch`, and the fds among them."""
         channels = ExecutorChannels(
             epoch=epoch,
             plan_ring=self.plan_ring,
@@ -71,14 +72,15 @@ class Plumbing:
         )
         return channels, [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd, self.parent_pipe]
 
-    def frontend(self) -> tuple[FrontendChannels, list[int]]:
-        """A serving frontend's channels, and the fds among them."""
+    def frontend(self, life: int) -> tuple[FrontendChannels, list[int]]:
+        """A serving frontend's channels, and the fds among them; `life` counts those that were restarted."""
         assert self.listener is not None, "an engine without an HTTP socket has no frontends"
         channels = FrontendChannels(
             scheduler=self.endpoints.frontend,
             listen_fd=self.listener.fileno(),
             ready_bell=self.ready_bell.fd,
             parent_pipe=self.parent_pipe,
+            life=life,
         )
         return channels, [channels.listen_fd, channels.ready_bell, channels.parent_pipe]
 

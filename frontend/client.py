@@ -23,7 +23,7 @@ from frontend.session import Session
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
 from ipc.errors import ModelError, RequestTimeoutError, TandemError, UnavailableError
-from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, ModelCard, Stats, Welcome
+from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, RECONNECT_LIMIT_S, Invariants, ModelCard, Stats, Welcome
 
 _log: Final = logging.getLogger(__name__)
 
@@ -50,11 +50,17 @@ class AsyncClient:
         tokenizer: Tokenizer | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
+        reconnect_limit_s: float = RECONNECT_LIMIT_S,
         auth_keys: str | Path | None = None,
+        on_frame: Callable[[int], object] | None = None,
     ) -> None:
-        """`auth_keys`: the client's key folder, for a tcp endpoint. Raises ConfigError if it is not usable."""
+        """Requests survive a scheduler that comes back within `reconnect_limit_s`.
+
+        `auth_keys`: the client's key folder, for a tcp endpoint; raises ConfigError if it is not usable. `on_frame`:
+        see Session.
+        """
         keys = None if auth_keys is None else load_client_keys(Path(auth_keys))
-        self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s, keys)
+        self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s, reconnect_limit_s, keys, on_frame)
         self._tokenizer = tokenizer
         self._no_tokenizer: ModelError | None = None
 
@@ -125,6 +131,10 @@ class AsyncClient:
     async def stats(self, timeout_s: float = STATS_S, *, restart_longest: bool = False) -> Stats:
         """The engine's counters; `restart_longest` has the `longest_*` ones begin anew after this answer."""
         return await self._session.stats(timeout_s, restart_longest)
+
+    async def invariants(self, timeout_s: float = STATS_S) -> Invariants:
+        """What must add up in the scheduler; only of an engine started with --enable-debug-endpoints."""
+        return await self._session.invariants(timeout_s)
 
     async def encode(self, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt; those given as ids are returned as they are."""

@@ -83,6 +83,7 @@ class Options:
     log_level: str
     log_format: str
     disable_log_stats: bool
+    enable_debug_endpoints: bool
 
 
 def _integer(low: int, high: int | None = None) -> Any:
@@ -230,6 +231,7 @@ def _supervision_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fake-executor", action=_SWITCH, default=False, help="made-up tokens: measures everything but the model"
     )
+    group.add_argument("--enable-debug-endpoints", action=_SWITCH, default=False, help="answer GET /debug/invariants")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -366,6 +368,7 @@ def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfi
         watchdog_timeout_s=options.watchdog_timeout,
         frontend_endpoint=options.frontend_endpoint or "",
         auth_keys=options.auth_keys or "",
+        debug_endpoints=options.enable_debug_endpoints,
         http=http_config(options),
         log=LogConfig(level=options.log_level, json=options.log_format == "json"),
         log_stats=not options.disable_log_stats,

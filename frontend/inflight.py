@@ -12,7 +12,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from ipc.errors import InvalidLogitsError, ProtocolError, SlowConsumerError, TandemError, UnavailableError
+from ipc.errors import (
+    CrashedExecutorError,
+    InvalidLogitsError,
+    ProtocolError,
+    SlowConsumerError,
+    TandemError,
+    UnavailableError,
+)
 from ipc.schema import Admit, FinishReason, Logprobs, SamplingParams
 
 UNSENT: Final = -1  # request_id before submission
@@ -72,6 +79,7 @@ class Flight:
         "prompt",
         "prompt_logprobs",
         "request_id",
+        "started",
         "taken",
         "tokens",
     )
@@ -89,15 +97,29 @@ class Flight:
         self.tokens = array("i")
         self.logprobs: list[LogprobRow] | None = None if params.logprobs < 0 else []  # as long as tokens
         self.prompt_logprobs: list[LogprobRow] = []  # of prompt[1:], complete with the first token
+        self.started = False  # it has left the queue
         self.cached_tokens = 0
         self.taken = 0  # tokens the reader has had
         self.finish = FinishReason.RUNNING
         self.error: TandemError | None = None
 
-    def admit(self) -> Admit:
+    def admit(self, *, replay: bool = False) -> Admit:
+        """What a scheduler must be told to continue this sequence. `replay`: an earlier scheduler was told before."""
         return Admit(
-            self.request_id, self.prompt, self.params, self.priority, self.cache_salt, output=self.tokens.tobytes()
+            self.request_id,
+            self.prompt,
+            self.params,
+            self.priority,
+            self.cache_salt,
+            output=self.tokens.tobytes(),
+            replay=replay,
+            scored=len(self.prompt_logprobs),
         )
+
+    def start(self, cached_tokens: int) -> None:
+        """It left the queue. When it is replayed it does so again, but its prompt was computed the first time."""
+        if not self.started:
+            self.started, self.cached_tokens = True, cached_tokens
 
     def end(self, finish: FinishReason) -> None:
         self.finish = finish
@@ -109,6 +131,7 @@ class Flight:
 _ENDED_BADLY: Final[dict[FinishReason, tuple[type[TandemError], str]]] = {
     FinishReason.ABORTED: (UnavailableError, "the engine gave this request up"),
     FinishReason.INVALID_LOGITS: (InvalidLogitsError, "the model produced NaN for this request"),
+    FinishReason.CRASHED: (CrashedExecutorError, "the executor crashed twice in a row in a step of this request"),
     FinishReason.SLOW_CONSUMER: (SlowConsumerError, "this frontend fell too far behind the engine"),
 }
 

@@ -30,13 +30,14 @@ from frontend.tokenizer import Tokenizer
 from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, TandemError, UnavailableError
+from ipc.fault import read_fault
 from ipc.lifetime import check_one_place, enter_process, fail
 from ipc.logs import LogConfig, configure_logs
 
 _DATE_PERIOD_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 3600.0  # of one attempt; they repeat, since a model may load for long
 _RETRY_S: Final = (1.0, 2.0, 4.0, 8.0, 15.0)  # pauses after refused attempts
-_CLOSE_TIMEOUT_S: Final = 3.0  # under the launcher, which has drained the engine before and ends it soon after
+_CLOSE_TIMEOUT_S: Final = 0.5  # under the launcher, which has drained the engine before; what is still open is to end
 _KEEP_ALIVE_S: Final = 75
 _BACKLOG: Final = 2048
 _log: Final = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ async def serve(
     *,
     close_timeout_s: float,
     ready_bell: Doorbell | None = None,
+    debug_endpoints: bool = False,
 ) -> None:
     """Serve HTTP on `listener` for the scheduler of `client` until SIGTERM (or SIGINT, if not ignored).
 
@@ -107,7 +109,7 @@ async def serve(
     service = Service(client, config)
     server = _HttpServer(
         uvicorn.Config(
-            make_app(service),
+            make_app(service, debug_endpoints=debug_endpoints),
             http="httptools",
             ws="none",
             loop="none",
@@ -150,13 +152,15 @@ def _run(service: Coroutine[None, None, None], log: LogConfig) -> int:
 def run(config: EngineConfig, channels: FrontendChannels) -> int:
     """The process that the launcher starts; returns its exit code."""
     enter_process("frontend", channels.parent_pipe, ipc, frontend)
+    fault = read_fault("frontend", channels.life)
     return _run(
         serve(
-            AsyncClient(channels.scheduler, name="http"),
+            AsyncClient(channels.scheduler, name="http", on_frame=fault.strike if fault.kind else None),
             socket.socket(fileno=channels.listen_fd),
             config.http,
             close_timeout_s=_CLOSE_TIMEOUT_S,
             ready_bell=Doorbell(channels.ready_bell),
+            debug_endpoints=config.debug_endpoints,
         ),
         config.log,
     )

@@ -308,6 +308,16 @@ async def metrics(request: AnyRequest) -> AnyResponse:
     return Response(content=exposition(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+@get("/debug/invariants")
+async def invariants(request: AnyRequest) -> AnyResponse:
+    """What must add up in the scheduler, as numbers; 500 if it does not."""
+    service = _service(request)
+    service.require_connected()
+    found = await service.client.invariants(_STATS_TIMEOUT_S)
+    fields = {name: getattr(found, name) for name in found.__struct_fields__}
+    return _json(fields, 500 if found.violations else 200)
+
+
 def to_error(request: AnyRequest, error: Exception) -> AnyResponse:
     """The OpenAI error object of any exception. What is not a typed error is logged, and not told to the client."""
     if isinstance(error, TandemError):
@@ -338,7 +348,7 @@ async def add_request_id(message: Message, scope: Scope) -> None:
         message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
 
 
-def make_app(service: Service) -> Litestar:
+def make_app(service: Service, *, debug_endpoints: bool = False) -> Litestar:
     """The ASGI application; it uses `service` and owns nothing."""
     return Litestar(
         route_handlers=[
@@ -355,6 +365,7 @@ def make_app(service: Service) -> Litestar:
             server_info,
             openapi,
             metrics,
+            *([invariants] if debug_endpoints else []),
         ],
         exception_handlers={Exception: to_error, HTTPException: to_error},
         before_send=[add_request_id],

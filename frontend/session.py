@@ -3,8 +3,10 @@
 Owned by an AsyncClient and used from its event loop only. Tokens go from the frame into the sequence they belong to.
 Must never decode text, and never block: a send that would is an UnavailableError.
 
-A socket that hears nothing for a while is thrown away with all that is queued in it, so that a scheduler that comes
-back is never handed requests which were already failed here; the new socket says Hello.
+A socket that loses its peer, or hears nothing for a while, is thrown away with all that is queued in it. The new one
+says Hello under a new identity, and once it is welcome every open sequence is admitted again with the tokens it has: a
+scheduler that was restarted continues it, and one that was only away has nothing left of the old connection. Sequences
+fail if that takes too long.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import asyncio
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from frontend.inflight import Flight, LogprobRow, column, finish_reason, logprob_rows
 from ipc.auth import ClientKeys, check_endpoint
@@ -33,14 +37,17 @@ from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,
     PROTOCOL_VERSION,
+    RECONNECT_LIMIT_S,
     Abort,
     Draining,
     FinishReason,
     FrontendMessage,
+    GetInvariants,
     GetStats,
     Goodbye,
     Heartbeat,
     Hello,
+    Invariants,
     Rejected,
     Stats,
     Tokens,
@@ -50,10 +57,12 @@ from ipc.schema import (
 )
 from ipc.sockets import connect_dealer, new_identity
 
+AnswerT = TypeVar("AnswerT", Stats, Invariants)
 _log: Final = logging.getLogger(__name__)
 
 _MESSAGES_PER_TURN: Final = 64  # then other callbacks of the loop run
 _GOODBYE_MS: Final = 200  # how long closing waits for the last message to leave
+_RETRY_S: Final = 0.01  # until a full socket is tried again
 _RUNNING: Final = int(FinishReason.RUNNING)
 _LENGTH: Final = int(FinishReason.LENGTH)
 _PEER: Final = -1  # the request_id of a Rejected that is about this peer itself
@@ -63,7 +72,7 @@ class Session:
     """The connection. `open` first; `close` last.
 
     After that `connected` tells whether the scheduler answers, `ready` whether it serves, and both change by
-    themselves.
+    themselves. `on_frame` is called with the number of each Tokens frame, counted from 1.
     """
 
     def __init__(
@@ -72,7 +81,9 @@ class Session:
         name: str,
         heartbeat_s: float = HEARTBEAT_S,
         heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
+        reconnect_limit_s: float = RECONNECT_LIMIT_S,
         keys: ClientKeys | None = None,
+        on_frame: Callable[[int], object] | None = None,
     ) -> None:
         check_endpoint(endpoint, keys)
         self.endpoint: Final = endpoint
@@ -84,17 +95,23 @@ class Session:
         self.draining = False
         self._heartbeat_s = heartbeat_s
         self._max_silent_beats = math.ceil(heartbeat_limit_s / heartbeat_s)
-        self._silent_beats = 0
+        self._max_lost_beats = math.ceil(reconnect_limit_s / heartbeat_s)
+        self._silent_beats = 0  # since this socket last heard anything
+        self._lost_beats = 0  # since the connection was lost
+        self._on_frame = on_frame
+        self._frames = 0
         self._refusal: TandemError | None = None  # why the last Hello was not welcome
         self._flights: dict[int, Flight] = {}
         self._next_id = 0
         self._aborts: list[int] = []  # ids the scheduler has still to be told of
         self._stops: list[int] = []  # the same, of those that ended well
-        self._stats_waiters: list[asyncio.Future[Stats]] = []
+        self._replays: deque[Flight] = deque()  # open sequences it has still to be told of
+        self._waiters: dict[type[Stats | Invariants], list[asyncio.Future[Any]]] = {Stats: [], Invariants: []}
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None  # tells when the socket's peer is gone
         self._drain_due = False
         self._flush_due = False
         self._beats: asyncio.Task[None] | None = None
@@ -137,7 +154,9 @@ class Session:
         context, self._context = self._context, None
         if self._beats is not None:
             self._beats.cancel()
-        self._fail_all(error or CancelledError("the client was closed"))
+        error = error or CancelledError("the client was closed")
+        self._fail_all(error)
+        self._fail_waiters(error)
         self._offer(Goodbye())
         self._close_socket(_GOODBYE_MS)
         self.connected = False
@@ -159,7 +178,7 @@ class Session:
             self._next_id += 1
             flight.request_id = self._next_id
             self._flights[flight.request_id] = flight
-            if not self._offer(flight.admit()):
+            if self._replays or not self._offer(flight.admit()):
                 self.abort(flights)
                 raise UnavailableError("the scheduler takes no more messages just now")
 
@@ -170,27 +189,37 @@ class Session:
                 (self._stops if stopped else self._aborts).append(flight.request_id)
         if (self._aborts or self._stops) and not self._flush_due and self._socket is not None:
             self._flush_due = True
-            self._loop.call_soon(self._flush_aborts)
+            self._loop.call_soon(self._flush)
 
     async def stats(self, timeout_s: float, restart_longest: bool = False) -> Stats:
         """Ask the scheduler. What it answers is newer than every token received before the call."""
-        waiter: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        self._stats_waiters.append(waiter)
+        return await self._ask(GetStats(restart_longest), Stats, timeout_s)
+
+    async def invariants(self, timeout_s: float) -> Invariants:
+        """Ask the scheduler, which answers only if the engine has debug endpoints."""
+        return await self._ask(GetInvariants(), Invariants, timeout_s)
+
+    async def _ask(self, question: FrontendMessage, kind: type[AnswerT], timeout_s: float) -> AnswerT:
+        waiter: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters[kind]
+        waiters.append(waiter)
         try:
-            if not self.connected or not self._offer(GetStats(restart_longest)):
+            if not self.connected or not self._offer(question):
                 raise UnavailableError(f"the scheduler at {self.endpoint} does not answer")
             async with asyncio.timeout(timeout_s):
                 return await waiter
         except TimeoutError as error:
-            raise UnavailableError(f"the scheduler sent no statistics within {timeout_s} s") from error
+            raise UnavailableError(f"the scheduler sent no {kind.__name__} within {timeout_s} s") from error
         finally:
-            if waiter in self._stats_waiters:
-                self._stats_waiters.remove(waiter)
+            waiters.remove(waiter)
 
     def _open_socket(self) -> None:
         assert self._context is not None, "opened after close"
         self._socket = connect_dealer(self._context, self.endpoint, new_identity(), self._keys)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._loop.add_reader(self._socket.fileno(), self._drain)
+        self._loop.add_reader(self._monitor.fileno(), self._watch)
+        self._monitor.poll(0)  # ZMQ signals a descriptor only to one who has seen its socket empty
         self._silent_beats = 0
         self._refusal = None
         self._offer(Hello(PROTOCOL_VERSION, "frontend", self.name, os.getpid()))
@@ -198,8 +227,18 @@ class Session:
     def _close_socket(self, linger_ms: int) -> None:
         socket, self._socket = self._socket, None
         if socket is not None:
+            assert self._monitor is not None, "every socket has its monitor"
+            self._loop.remove_reader(self._monitor.fileno())
             self._loop.remove_reader(socket.fileno())
+            socket.disable_monitor()
+            self._monitor.close(linger=0)
             socket.close(linger=linger_ms)
+
+    def _watch(self) -> None:
+        """The socket's peer has gone; ZMQ would connect again, to one that does not know us."""
+        while self._monitor is not None and not self._monitor.closed and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self._reconnect("closed the connection")
 
     def _offer(self, message: FrontendMessage) -> bool:
         """Send without blocking; False if the queue is full."""
@@ -227,9 +266,10 @@ class Session:
                 return
             try:
                 self._receive(payload)
-            except ProtocolError as error:
+            except Exception as error:  # tokens may be lost, so no stream may go on as if none were
                 _log.exception("lost step with the scheduler at %s", self.endpoint)
-                self._lose(error)
+                self._fail_all(error if isinstance(error, TandemError) else TandemError("internal error"))
+                self._reconnect("sent what cannot be used")
         self._drain_due = True
         self._loop.call_soon(self._drain)
 
@@ -239,12 +279,15 @@ class Session:
         self._HANDLERS[type(message)](self, message)
 
     def _on_tokens(self, frame: Tokens) -> None:
+        self._frames += 1
+        if self._on_frame is not None:
+            self._on_frame(self._frames)
         for request_id, cached in zip(
             column(frame.started_id, np.int64), column(frame.started_cached, np.int32), strict=True
         ):
             started = self._flights.get(request_id)
             if started is not None:
-                started.cached_tokens = cached
+                started.start(cached)
         if frame.scores is not None:
             self._on_scores(column(frame.scored_id, np.int64), logprob_rows(frame.scores))
         logprobs = {} if frame.logprobs is None else logprob_rows(frame.logprobs)
@@ -285,8 +328,11 @@ class Session:
             if flight is not None:
                 flight.error = error
                 flight.mailbox.post(flight)
+        elif self.connected and isinstance(error, UnavailableError):
+            self._reconnect("does not know this client any more")
         elif self.connected:
-            self._lose(error)
+            self._fail_all(error)
+            self._reconnect("refused this client")
         else:
             self._refusal = error
             self._changed.set()
@@ -298,14 +344,21 @@ class Session:
             )
         else:
             self.welcome = message
-            self.connected = True
-            self.draining = False
+            if not self.connected:
+                self.connected = True
+                self.draining = False
+                self._aborts, self._stops = [], []
+                self._replays = deque(self._flights.values())
+                self._flush()
         self._changed.set()
 
     def _on_stats(self, message: Stats) -> None:
         self.last_stats = message
         self.draining = message.draining
-        for waiter in self._stats_waiters:
+        self._answer(message)
+
+    def _answer(self, message: Stats | Invariants) -> None:
+        for waiter in self._waiters[type(message)]:
             if not waiter.done():
                 waiter.set_result(message)
 
@@ -317,11 +370,22 @@ class Session:
         Rejected: _on_rejected,
         Welcome: _on_welcome,
         Stats: _on_stats,
+        Invariants: _answer,
         Draining: _on_draining,
     }
 
-    def _flush_aborts(self) -> None:
+    def _flush(self) -> None:
+        """Tell the scheduler of sequences to continue and to abort, as much as its socket takes now."""
         self._flush_due = False
+        if not self.connected:
+            return
+        while self._replays:
+            flight = self._replays[0]
+            if flight.request_id in self._flights and not self._offer(flight.admit(replay=True)):
+                self._flush_due = True
+                self._loop.call_later(_RETRY_S, self._flush)
+                return
+            self._replays.popleft()
         if (self._aborts or self._stops) and self._offer(Abort(self._aborts, self._stops)):
             self._aborts, self._stops = [], []
 
@@ -330,31 +394,41 @@ class Session:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             self._silent_beats += 1
-            self._flush_aborts()
-            if self._silent_beats > self._max_silent_beats:
-                self._lose(UnavailableError(f"the scheduler at {self.endpoint} does not answer"))
-            elif self.connected:
+            self._lost_beats += 1
+            if self.connected:
+                self._lost_beats = 0
+                self._flush()
                 self._offer(Heartbeat(now_ns()))
+            if self._lost_beats > self._max_lost_beats:
+                self._lost_beats = 0
+                self._fail_all(UnavailableError(f"the scheduler at {self.endpoint} does not answer"))
+            if self._silent_beats > self._max_silent_beats:
+                self._reconnect("does not answer")
 
-    def _lose(self, error: TandemError) -> None:
-        """Fail what is open and start over on a new socket."""
+    def _reconnect(self, why: str) -> None:
+        """Start over on a new socket; what is open is admitted again when that is welcome."""
         if self.connected:
-            _log.warning("connection to %s lost, %d open requests fail: %s", self.endpoint, len(self._flights), error)
+            _log.warning("the scheduler at %s %s; %d open requests wait", self.endpoint, why, len(self._flights))
         self.connected = False
         self._aborts, self._stops = [], []
-        self._fail_all(error)
+        self._replays.clear()
+        self._fail_waiters(UnavailableError(f"the scheduler at {self.endpoint} {why}"))
         self._close_socket(0)
         self._open_socket()
         self._changed.set()
 
     def _fail_all(self, error: TandemError) -> None:
+        """End every open sequence with `error`."""
         flights, self._flights = self._flights, {}
         for flight in flights.values():
             flight.error = _copy(error)
             flight.mailbox.post(flight)
-        for waiter in self._stats_waiters:
-            if not waiter.done():
-                waiter.set_exception(_copy(error))
+
+    def _fail_waiters(self, error: TandemError) -> None:
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(_copy(error))
 
 
 def _copy(error: TandemError) -> TandemError:

@@ -1,4 +1,4 @@
-"""Starts the processes of one engine, restarts those that may be, and stops all of them in order.
+"""Starts the processes of one engine, restarts those that end, and stops all of them in order.
 
 Run by `engine-launch`. One thread, one poll over pidfds, signals, stderr pipes and the control socket, so it sleeps
 while nothing happens. Never on the path of a request, a plan or a token.
@@ -24,11 +24,15 @@ from frontend.children import TRACEBACK, Child, Plumbing
 from ipc.clock import now_s
 from ipc.config import EngineConfig
 from ipc.schema import (
+    HEARTBEAT_LIMIT_S,
+    HEARTBEAT_S,
     PROTOCOL_VERSION,
     Drain,
     Drained,
+    ExecutorHello,
     ExecutorLost,
     ExecutorStuck,
+    FrontendStuck,
     Hello,
     Message,
     SchedulerReady,
@@ -40,8 +44,8 @@ from ipc.sockets import connect_dealer, new_identity
 RESTART_WINDOW_S: Final = 600.0
 _ABORT_GRACE_S: Final = 2.0  # for the last frames of requests that a shutdown ends early
 _STOP_GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL
-_HURRY_GRACE_S: Final = 0.5
-_DUMP_GRACE_S: Final = 1.0  # for a stuck executor to write its stacks
+_HURRY_GRACE_S: Final = 2.0  # from SIGTERM to SIGKILL after a second signal
+_DUMP_GRACE_S: Final = 1.0  # for a stuck process to write its stacks
 _CONFIG_FAULT: Final = 2  # exit code of a child whose fault is the user's and will come again
 
 
@@ -62,19 +66,18 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One kind of process: the module that is its entry, and what becomes of the engine when one of it ends."""
+    """One kind of process: the module that is its entry, and how many of it there are."""
 
     module: str
     count: int
-    restarts: bool
 
 
 def engine_roles(frontends: int, *, fake_executor: bool = False) -> dict[str, Role]:
     """The processes of an engine in the order of their start; they stop in the opposite order."""
     return {
-        "scheduler": Role("scheduler", 1, restarts=False),
-        "executor": Role("executor.fake" if fake_executor else "executor", 1, restarts=True),
-        "frontend": Role("frontend", frontends, restarts=True),
+        "scheduler": Role("scheduler", 1),
+        "executor": Role("executor.fake" if fake_executor else "executor", 1),
+        "frontend": Role("frontend", frontends),
     }
 
 
@@ -108,7 +111,12 @@ class Supervisor:
         self._phase = Phase.STARTING
         self._ready: SchedulerReady | None = None  # the last one
         self._frontends_ready = 0
-        self._epoch = 0
+        self._epoch = 0  # of scheduler and executor together: a new one begins when either ends
+        self._lives = dict.fromkeys(roles, 0)  # restarts so far
+        self._num_blocks = 0  # of the executor that is attached; 0 while none is
+        self._lost_s: dict[str, float] = {}  # when scheduler or executor ended, until the engine serves again
+        self._silent_beats = 0  # of the scheduler
+        self._aborting = False  # the drain has become an abort
         self._exit_code = 0
         self._last_words = ""  # printed after everything else
         self._stop_order: list[str] = []  # roles that are still to be told to stop
@@ -117,12 +125,12 @@ class Supervisor:
     def run(self) -> int:
         """Start everything, supervise until the last child is gone, and return the exit code."""
         self._watch(self._signals, self._on_signal)
-        self._watch(self._control, self._on_control)
         self._watch(self._plumbing.ready_bell.fd, self._on_frontend_ready)
         old_wakeup = signal.set_wakeup_fd(self._signals_writer)
         old = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
-            self._send(Hello(version=PROTOCOL_VERSION, role="launcher", name="launcher", pid=os.getpid()))
+            self._greet_scheduler()
+            self._after(HEARTBEAT_S, self._beat)
             for name, role in self._roles.items():
                 for _ in range(role.count):
                     self._spawn(name)
@@ -158,7 +166,7 @@ class Supervisor:
         self._handlers[source] = handler
         self._poller.register(source, zmq.POLLIN)
 
-    def _unwatch(self, source: int) -> None:
+    def _unwatch(self, source: int | zmq.Socket[bytes]) -> None:
         if self._handlers.pop(source, None) is not None:
             self._poller.unregister(source)
 
@@ -176,9 +184,9 @@ class Supervisor:
         if name == "executor":
             channels, fds = self._plumbing.executor(self._epoch)
         elif name == "scheduler":
-            channels, fds = self._plumbing.scheduler()
+            channels, fds = self._plumbing.scheduler(self._lives[name])
         else:
-            channels, fds = self._plumbing.frontend()
+            channels, fds = self._plumbing.frontend(self._lives[name])
         child = Child(name, self._roles[name].module, self._config, channels, fds)
         self._children[child.pidfd] = child
         self._watch(child.pidfd, lambda: self._on_exit(child))
@@ -204,16 +212,45 @@ class Supervisor:
         failures = self._failures[name]
         while failures and failures[0].at_s < now_s() - RESTART_WINDOW_S:
             failures.popleft()
-        return self._roles[name].restarts and len(failures) < self._max_restarts
+        return len(failures) < self._max_restarts
 
     def _restart(self, child: Child, code: int) -> None:
         failures = self._failures[child.role]
         failures.append(Failure(now_s(), child.failure()))
         _log(f"{child.role} (pid {child.pid}) {_how(code)}; restart {len(failures)} of {self._max_restarts}")
-        if child.role == "executor":
-            self._send(ExecutorLost(epoch=self._epoch))
-            self._epoch += 1
+        self._lives[child.role] += 1
+        if child.role != "frontend":
+            self._begin_epoch(child.role)
         self._spawn(child.role)
+
+    def _begin_epoch(self, lost: str) -> None:
+        """Scheduler or executor ended; plans and results of this epoch mean nothing to the next one."""
+        self._lost_s.setdefault(lost, now_s())
+        ended, self._epoch = self._epoch, self._epoch + 1
+        if lost == "executor":
+            self._num_blocks = 0
+            self._send(ExecutorLost(epoch=ended))
+            return
+        self._unwatch(self._control)
+        self._control.close(linger=0)
+        self._control = connect_dealer(self._context, self._plumbing.endpoints.control, new_identity())
+        self._greet_scheduler()
+        executors = self._of_role("executor")
+        if self._num_blocks:
+            # Its memory is intact, and it runs what is planned in order: the next scheduler can go on with it.
+            self._send(ExecutorHello(PROTOCOL_VERSION, self._epoch, executors[0].pid, self._num_blocks))
+        else:
+            self._kill(executors)  # it may have said hello to the one that ended, and says it only once
+        if self._phase is Phase.DRAINING:
+            self._send(Drain(abort=self._aborting))
+
+    def _greet_scheduler(self) -> None:
+        self._silent_beats = 0
+        self._watch(self._control, self._on_control)
+        self._send(Hello(version=PROTOCOL_VERSION, role="launcher", name="launcher", pid=os.getpid()))
+
+    def _of_role(self, name: str) -> list[Child]:
+        return [child for child in self._children.values() if child.role == name]
 
     def _fail(self, child: Child, code: int) -> None:
         """End the engine because of this child, and see that what went wrong first is printed last."""
@@ -229,21 +266,30 @@ class Supervisor:
         self._stop(1)
 
     def _on_control(self) -> None:
-        while self._control.poll(0):
-            message = decode_launcher(self._control.recv())
+        control = self._control
+        while not control.closed and control.poll(0):
+            message = decode_launcher(control.recv())
+            self._silent_beats = 0
             if isinstance(message, SchedulerReady):
                 self._on_scheduler_ready(message)
             elif isinstance(message, Drained):
                 if self._phase is Phase.DRAINING:
                     self._stop(0)
-            elif isinstance(message, ExecutorStuck):
-                self._end_stuck_executor(message)
+            elif isinstance(message, ExecutorStuck) and message.epoch == self._epoch:
+                self._end_stuck(self._of_role("executor"), f"no step finished for {message.age_s:.1f} s")
+            elif isinstance(message, FrontendStuck):
+                stuck = [child for child in self._of_role("frontend") if child.pid == message.pid]
+                self._end_stuck(stuck, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
 
     def _on_scheduler_ready(self, message: SchedulerReady) -> None:
-        if self._phase is not Phase.STARTING and message.epoch > 0:
-            _log(f"executor restarted, life {message.epoch + 1}: serving again")
         if message.tcp_endpoint:  # a scheduler that is started again must be found where it was
             self._config = msgspec.structs.replace(self._config, frontend_endpoint=message.tcp_endpoint)
+        if message.epoch != self._epoch:
+            return  # the executor it speaks of has ended since
+        self._num_blocks = message.kv_tokens // self._config.block_size + 1
+        for role, lost_s in self._lost_s.items():
+            _log(f"{role} restarted, epoch {message.epoch}: serving again after {now_s() - lost_s:.2f} s")
+        self._lost_s.clear()
         self._ready = message
         self._announce_if_ready()
 
@@ -258,13 +304,20 @@ class Supervisor:
             self._phase = Phase.SERVING
             self._on_ready(self._ready)
 
-    def _end_stuck_executor(self, message: ExecutorStuck) -> None:
-        if message.epoch != self._epoch:
-            return
-        stuck = [child for child in self._children.values() if child.role == "executor"]
+    def _beat(self) -> None:
+        """Counts beats without a word of the scheduler, not time: a launcher that was stopped blames no one."""
+        self._silent_beats += 1
+        silent_s = self._silent_beats * HEARTBEAT_S
+        if silent_s > self._config.watchdog_timeout_s and self._phase in (Phase.SERVING, Phase.DRAINING):
+            self._silent_beats = 0
+            self._end_stuck(self._of_role("scheduler"), f"silent for {silent_s:.1f} s")
+        self._after(HEARTBEAT_S, self._beat)
+
+    def _end_stuck(self, stuck: list[Child], why: str) -> None:
         for child in stuck:
-            _log(f"no step finished for {message.age_s:.1f} s; ending executor (pid {child.pid}), its stacks:")
+            _log(f"{why}; ending {child.role} (pid {child.pid}), its stacks:")
             child.signal(signal.SIGUSR1)
+            child.signal(signal.SIGCONT)  # one that was stopped shows its stacks only if it goes on
         self._after(_DUMP_GRACE_S, lambda: self._kill(stuck))
 
     def _kill(self, children: list[Child]) -> None:
@@ -286,6 +339,7 @@ class Supervisor:
 
     def _abort_open(self) -> None:
         if self._phase is Phase.DRAINING:
+            self._aborting = True
             self._send(Drain(abort=True))
             self._after(_ABORT_GRACE_S, lambda: self._stop(0))
 
@@ -295,6 +349,7 @@ class Supervisor:
             return
         self._phase = Phase.STOPPING
         self._exit_code = code
+        self._send(Drain(abort=True))  # whoever still waits for tokens is told that none will come
         self._stop_order = list(self._roles)
         self._continue_stop()
 
@@ -303,7 +358,7 @@ class Supervisor:
         told = [child for child in self._children.values() if child.role not in self._stop_order]
         while not told and self._stop_order:
             name = self._stop_order.pop()
-            told = [child for child in self._children.values() if child.role == name]
+            told = self._of_role(name)
             for child in told:
                 child.signal(signal.SIGTERM)
         if told:

@@ -54,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     http: HttpConfig = HttpConfig()
     log: LogConfig = LogConfig()
     log_stats: bool = True  # a line every ten seconds of work
+    debug_endpoints: bool = False  # answer GetInvariants
 
     @property
     def limits(self) -> FrameLimits:
@@ -73,7 +74,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
     """Inherited by an executor rank. File descriptors, and the scheduler's control endpoint."""
 
-    epoch: int
+    epoch: int  # counts lives of scheduler and executor together: plans of an earlier one are not run
     rank: int = 0
     plan_ring: int
     plan_bell: int
@@ -93,6 +94,7 @@ class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
     frontend: str  # endpoint to bind
     control: str  # endpoint to bind
     parent_pipe: int
+    life: int = 0  # how many schedulers of this engine came before; their frontends come back
 
 
 class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +104,7 @@ class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
     listen_fd: int  # the bound HTTP socket, shared by all frontends
     ready_bell: int  # rung once when this frontend can serve
     parent_pipe: int
+    life: int = 0  # how many frontends were restarted before
 
 
 class ProcessStart(msgspec.Struct, frozen=True, kw_only=True):

@@ -94,6 +94,13 @@ class InvalidLogitsError(TandemError):
     status = 500
 
 
+class CrashedExecutorError(TandemError):
+    """The executor crashed twice in a row in a step of this request, which is therefore not tried again."""
+
+    code = "request_crashed_executor"
+    status = 500
+
+
 class CancelledError(TandemError):
     """The request was cancelled by its owner."""
 
@@ -120,6 +127,7 @@ _BY_CODE: dict[str, type[TandemError]] = {
         RequestTimeoutError,
         SlowConsumerError,
         InvalidLogitsError,
+        CrashedExecutorError,
         CancelledError,
         ProtocolError,
     )

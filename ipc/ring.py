@@ -84,13 +84,18 @@ class Ring:
         """Sequence number of the last published slot."""
         return int(self._head[0])
 
+    @property
+    def acked(self) -> int:
+        """Sequence number up to which every reader has given its slots back."""
+        return int(self._acks.min())
+
 
 class RingWriter(Ring):
     """The single writer. `begin` gives the next slot's payload, `publish` makes it visible."""
 
     def begin(self, seq: int) -> Bytes:
         """Payload of slot `seq` [slot_bytes]; raises RingFullError while a reader may still read its last lap."""
-        slowest = int(self._acks.min())
+        slowest = self.acked
         if seq - slowest > self.slots:
             raise RingFullError(f"slot {seq} is {seq - slowest} ahead of the slowest reader; the ring has {self.slots}")
         self._stamps[seq % self.slots][0] = -seq
@@ -107,7 +112,7 @@ class RingWriter(Ring):
 
 
 class RingReader(Ring):
-    """One of the readers. A payload stays valid until it is acknowledged."""
+    """One of the readers, from the head on. A payload stays valid until it is acknowledged."""
 
     def __init__(self, fd: int, index: int = 0) -> None:
         super().__init__(fd)
@@ -115,6 +120,7 @@ class RingReader(Ring):
             raise ProtocolError(f"reader {index} of a ring made for {self.readers}")
         self._index = index
         self.next = self.head + 1
+        self._acks[index] = self.next - 1  # what came before was meant for a reader that died
 
     def poll(self) -> Bytes | None:
         """Payload of the next slot if it is published, else None."""

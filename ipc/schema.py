@@ -3,11 +3,11 @@
 A message is one ZMQ part: a msgpack array tagged with its type. Token ids travel as packed int32 bytes and results as
 columns, because a list of 8k ids costs 200 us and the bytes 0.4 us.
 
-    frontend  -> scheduler   Hello, Heartbeat, Admit, Abort, GetStats, Goodbye
-    scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Draining
-    launcher  -> scheduler   Hello, ExecutorLost, Drain           (control socket)
-    executor  -> scheduler   ExecutorHello                        (control socket)
-    scheduler -> launcher    SchedulerReady, Drained, ExecutorStuck
+    frontend  -> scheduler   Hello, Heartbeat, Admit, Abort, GetStats, GetInvariants, Goodbye
+    scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Invariants, Draining
+    launcher  -> scheduler   Hello, ExecutorHello, ExecutorLost, Drain    (control socket)
+    executor  -> scheduler   ExecutorHello                                (control socket)
+    scheduler -> launcher    Alive, SchedulerReady, Drained, ExecutorStuck, FrontendStuck
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MAX_MESSAGE_BYTES: Final = 64 << 20
 HEARTBEAT_S: Final = 1.0  # each frontend sends one; silence of HEARTBEAT_LIMIT_S means it is gone
 HEARTBEAT_LIMIT_S: Final = 10.0
 BUBBLE_NS: Final = 20_000  # a stream takes a few us from one queued step to the next; that is not waiting for a host
+RECONNECT_LIMIT_S: Final = 30.0  # open requests wait this long for a scheduler that went away
 
 
 class FinishReason(IntEnum):
@@ -38,6 +39,7 @@ class FinishReason(IntEnum):
     ABORTED = 3  # its owner asked for it
     INVALID_LOGITS = 4  # the model produced NaN; carries no token
     SLOW_CONSUMER = 5  # its frontend did not read; carries no token
+    CRASHED = 6  # the executor crashed twice in a row in a step of it; carries no token
 
 
 class Message(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
@@ -111,6 +113,8 @@ class Admit(Message, frozen=True, tag="admit"):
     priority: int = 0  # lower runs first
     cache_salt: str = ""
     output: bytes = b""  # packed int32: tokens already received, when a request is replayed to a new scheduler
+    replay: bool = False  # it was admitted before, by a scheduler that died: limits on new requests do not apply
+    scored: int = 0  # in a replay: leading prompt positions whose log-probabilities were received
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -121,7 +125,7 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
-    """The request was not taken; it never produced a token. Terminal."""
+    """The request was not taken, or cannot be continued. Terminal."""
 
     request_id: int
     code: str
@@ -198,8 +202,48 @@ class Stats(Message, frozen=True, tag="stats"):
     histograms: bytes = b""  # ipc.histograms
 
 
+class GetInvariants(Message, frozen=True, tag="get_invariants"):
+    """Ask for Invariants, if the engine was started with debug endpoints."""
+
+
+class Invariants(Message, frozen=True, tag="invariants"):
+    """The parts of the scheduler's state that must add up, taken at one instant between two steps."""
+
+    violations: list[str]  # empty if all holds
+    requests: int
+    running: int
+    waiting: int
+    slots_total: int
+    slots_free: int
+    blocks_total: int
+    blocks_free: int  # nobody owns them; with or without cached content
+    blocks_cached: int  # of the free ones, those that a prefix hit can revive
+    blocks_owned: int
+    plans_in_flight: int
+    plan_published: int  # sequence number in the plan ring
+    plan_acked: int
+    result_published: int
+    result_acked: int
+    backlog_rows: int  # not yet sent to frontends
+    frontends: int
+    epoch: int
+
+
+class Alive(Message, frozen=True, tag="alive"):
+    """The scheduler's loop turns; sent every HEARTBEAT_S."""
+
+
+class FrontendStuck(Message, frozen=True, tag="frontend_stuck"):
+    """A frontend was silent for HEARTBEAT_LIMIT_S; its requests were aborted."""
+
+    pid: int
+
+
 class ExecutorHello(Message, frozen=True, tag="executor_hello"):
-    """Rank 0 is attached to the rings and ready to run. `num_blocks` counts the null block."""
+    """Rank 0 is attached to the rings and ready to run. `num_blocks` counts the null block.
+
+    After the scheduler was restarted the launcher says it for an executor that was attached before, with a new epoch.
+    """
 
     version: int
     epoch: int
@@ -239,10 +283,10 @@ class Drained(Message, frozen=True, tag="drained"):
     pass
 
 
-FrontendMessage = Hello | Heartbeat | Admit | Abort | GetStats | Goodbye
-SchedulerMessage = Welcome | Tokens | Rejected | Stats | Draining
+FrontendMessage = Hello | Heartbeat | Admit | Abort | GetStats | GetInvariants | Goodbye
+SchedulerMessage = Welcome | Tokens | Rejected | Stats | Invariants | Draining
 ControlMessage = Hello | ExecutorHello | ExecutorLost | Drain
-LauncherMessage = SchedulerReady | Drained | ExecutorStuck
+LauncherMessage = Alive | SchedulerReady | Drained | ExecutorStuck | FrontendStuck
 
 encode: Final = msgspec.msgpack.Encoder().encode
 

@@ -22,8 +22,8 @@ from ipc.schema import MAX_MESSAGE_BYTES
 _PREFIX: Final = "tandem-ipc-"
 _SOCKETS: Final = ("frontend.sock", "control.sock")
 _ADDRESS_BYTES: Final = 107  # of a unix socket
-_RECONNECT_MAX_MS: Final = 2000  # pauses between attempts double from 100 ms to this
 HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
+_RECONNECT_MS: Final = (20, 500)  # the first wait for a peer that is gone, doubled up to the second
 
 
 def _configure(socket: zmq.Socket[bytes]) -> None:
@@ -54,7 +54,8 @@ def connect_dealer(
     socket = context.socket(zmq.DEALER)
     _configure(socket)
     socket.setsockopt(zmq.IDENTITY, identity)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
     try:
         if endpoint.startswith("tcp://") and keys is not None:
             secure_client(socket, endpoint, keys)

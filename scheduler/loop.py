@@ -2,6 +2,10 @@
 
 One thread. It sleeps in one poll over the result bell and the two sockets, and plans whenever fewer than `depth` plans
 are in flight. Messages are taken in small helpings, so a burst of arrivals cannot delay the next plan.
+
+A scheduler that replaces a dead one finds the rings as they were. It goes on counting where the plan ring stands, waits
+until the executor has given back the plans of its predecessor, and drops their results by their epoch. Requests come
+back from the frontends, which replay them.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from ipc.clock import now_ns
 from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
 from ipc.errors import ProtocolError, TandemError
+from ipc.fault import read_fault
 from ipc.frames import Result, read_result, write_plan
 from ipc.ring import RingReader, RingWriter
 from ipc.schema import (
@@ -28,6 +33,7 @@ from ipc.schema import (
     PROTOCOL_VERSION,
     Abort,
     Admit,
+    Alive,
     Drain,
     Drained,
     Draining,
@@ -35,6 +41,8 @@ from ipc.schema import (
     ExecutorLost,
     ExecutorStuck,
     FinishReason,
+    FrontendStuck,
+    GetInvariants,
     GetStats,
     Goodbye,
     Heartbeat,
@@ -49,9 +57,11 @@ from ipc.schema import (
     encode,
 )
 from ipc.sockets import bind_router
+from scheduler.invariants import take_invariants
 from scheduler.outbox import MAX_BACKLOG_ROWS
 from scheduler.peers import Peer, PeerTable
 from scheduler.planner import make_plan
+from scheduler.request import Request
 from scheduler.retire import Delivery, retire
 from scheduler.state import SchedulerState
 from scheduler.stats_line import StatsLine
@@ -59,6 +69,7 @@ from scheduler.stats_line import StatsLine
 log = logging.getLogger(__name__)
 
 MESSAGE_HELPING_NS: Final = 200_000  # time for messages between two looks at the result bell
+REJOIN_NS: Final = 3_000_000_000  # a scheduler that replaces another one is not drained before: frontends come back
 
 
 class Loop:
@@ -74,6 +85,9 @@ class Loop:
         self.result_ring = RingReader(channels.result_ring)
         self.result_bell = Doorbell(channels.result_bell)
         self.layout = config.result_layout
+        self.state.seq = self.inherited_seq = self.plan_ring.head
+        self.fault = read_fault("scheduler", channels.life)
+        self.rejoined_ns = now_ns() + (REJOIN_NS if channels.life else 0)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self.frontends = bind_router(context, channels.frontend)
         self.control = bind_router(context, channels.control)
@@ -123,13 +137,14 @@ class Loop:
             if self.state.attached and result.epoch == self.state.epoch:
                 self._sort_out(retire(self.state, result), result)
                 self.last_result_ns = start
+                self.fault.strike(self.state.counters.steps)
             self.result_ring.ack(seq)
             self.state.counters.retire_ns += now_ns() - start
 
     def plan_ahead(self) -> None:
         """Fill the pipeline: plan until `depth` plans are in flight or no row can run."""
         state = self.state
-        while state.attached and state.has_work and len(state.inflight) < self.config.pipeline_depth:
+        while self._has_executor and state.has_work and len(state.inflight) < self.config.pipeline_depth:
             start = now_ns()
             if not state.inflight:
                 self.last_result_ns = start
@@ -142,6 +157,13 @@ class Loop:
             for bell in self.plan_bells:
                 bell.ring()
             state.counters.plan_ns += now_ns() - start
+
+    @property
+    def _has_executor(self) -> bool:
+        """It is attached, and holds no plan of a scheduler before this one."""
+        return self.state.attached and (
+            self.state.seq > self.inherited_seq or self.plan_ring.acked >= self.inherited_seq
+        )
 
     # -- to frontends
 
@@ -196,11 +218,17 @@ class Loop:
         """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows."""
         requests = self.state.requests_of(peer.index)
         log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
+        peer.outbox.clear()
+        self._end(requests, FinishReason.SLOW_CONSUMER)
+
+    def _end(self, requests: list[Request], reason: FinishReason) -> None:
+        """End open requests here and now, and owe their frontends the reason."""
         for request in requests:
             self.state.finish(request)
-        self.state.counters.requests_finished["slow_consumer"] += len(requests)
-        peer.outbox.clear()
-        peer.outbox.add_end([request.request_id for request in requests], FinishReason.SLOW_CONSUMER)
+            peer = self.peers.get(request.peer)
+            if peer is not None:
+                peer.outbox.add_end([request.request_id], reason)
+        self.state.counters.requests_finished[reason.name.lower()] += len(requests)
 
     def _remove(self, peer: Peer, reason: str) -> None:
         requests = self.state.requests_of(peer.index)
@@ -255,6 +283,8 @@ class Loop:
                 self._reply(peer, self.stats())
                 if message.restart_longest:
                     self.state.counters.restart_longest()
+            case GetInvariants() if self.config.debug_endpoints:
+                self._reply(peer, take_invariants(self.state, self.peers, self.plan_ring, self.result_ring))
             case Goodbye():
                 self._remove(peer, "goodbye")
 
@@ -263,7 +293,7 @@ class Loop:
             text = f"protocol version {hello.version}, expected {PROTOCOL_VERSION}"
             self._send_to(identity, Rejected(-1, "protocol_error", text))
             return
-        peer = self.peers.add(identity, hello.name, now_ns())
+        peer = self.peers.add(identity, hello.name, hello.pid, now_ns())
         peer.last_heard_ns = now_ns()
         self._reply(peer, self._welcome_message())
         if self.state.draining:
@@ -311,15 +341,24 @@ class Loop:
                 self._attach(message)
             case ExecutorLost() if message.epoch == state.epoch and state.attached:
                 log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
-                state.executor_lost()
-                self.plan_ring.restart()
+                self._detach()
             case Drain():
                 self._drain(message.abort)
 
+    def _detach(self) -> None:
+        """The executor is gone with all it was given; requests that crashed it twice in a row end here."""
+        crashed = self.state.executor_lost()
+        for request in crashed:
+            log.warning("a request of %d tokens crashed the executor twice; it is given up", len(request.tokens))
+        self._end(crashed, FinishReason.CRASHED)
+        self.plan_ring.restart()
+
     def _attach(self, hello: ExecutorHello) -> None:
         if self.state.attached:
-            self.state.executor_lost()
-            self.plan_ring.restart()
+            self._detach()
+        for bell in self.plan_bells:
+            bell.ring()  # a scheduler that died may have published a plan without ringing for it
+        self.last_result_ns = now_ns()
         for request in self.state.executor_attached(hello.epoch, hello.num_blocks):
             peer = self.peers.get(request.peer)
             self.state.finish(request)
@@ -345,12 +384,7 @@ class Loop:
             for peer in self.peers:
                 self._reply(peer, Draining())
         if abort:
-            for request in list(state.requests.values()):
-                state.finish(request)
-                state.counters.requests_finished["aborted"] += 1
-                peer_or_none = self.peers.get(request.peer)
-                if peer_or_none is not None:
-                    peer_or_none.outbox.add_end([request.request_id], FinishReason.ABORTED)
+            self._end(list(state.requests.values()), FinishReason.ABORTED)
         self.owes_drained = True
 
     # -- once in a while
@@ -359,7 +393,7 @@ class Loop:
         """Once a heartbeat: silent frontends, a stuck executor; and Drained as soon as the last request ended."""
         now, state = now_ns(), self.state
         self.deliver()
-        if self.owes_drained and not state.requests and not any(peer.outbox for peer in self.peers):
+        if self.owes_drained and not state.requests and not self._is_owed_to_frontends():
             self._tell_launcher(Drained())
             self.owes_drained = False
         if now < self.next_check_ns:
@@ -368,6 +402,8 @@ class Loop:
         for peer in self.peers:
             if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
                 self._remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
+                self._tell_launcher(FrontendStuck(peer.pid))
+        self._tell_launcher(Alive())
         if self.config.log_stats and self.stats_line.is_due(now):
             line = self.stats_line.make(self.stats(), now)
             if line is not None:
@@ -377,8 +413,13 @@ class Loop:
             self.stuck_epoch = state.epoch
             self._tell_launcher(ExecutorStuck(state.epoch, age_s))
 
+    def _is_owed_to_frontends(self) -> bool:
+        """Rows wait to be sent, or frontends of the scheduler before this one may still bring requests."""
+        return now_ns() < self.rejoined_ns or any(peer.outbox for peer in self.peers)
+
     def _step_age_ns(self) -> int:
-        return now_ns() - self.last_result_ns if self.state.inflight else 0
+        waits = self.state.inflight or (self.state.attached and self.state.has_work and not self._has_executor)
+        return now_ns() - self.last_result_ns if waits else 0
 
     def stats(self) -> Stats:
         """A snapshot of counters and gauges."""

@@ -15,6 +15,7 @@ class Peer:
     index: int
     identity: bytes
     name: str
+    pid: int
     last_heard_ns: int
     outbox: Outbox = field(default_factory=Outbox)
 
@@ -33,11 +34,11 @@ class PeerTable:
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._by_index.values()))
 
-    def add(self, identity: bytes, name: str, now_ns: int) -> Peer:
+    def add(self, identity: bytes, name: str, pid: int, now_ns: int) -> Peer:
         """A new frontend, or the same one saying Hello again, which keeps its index and its requests."""
         peer = self._by_identity.get(identity)
         if peer is None:
-            peer = Peer(self._next_index, identity, name, now_ns)
+            peer = Peer(self._next_index, identity, name, pid, now_ns)
             self._next_index += 1
             self._by_identity[identity] = self._by_index[peer.index] = peer
         return peer

@@ -60,10 +60,14 @@ def make_plan(state: SchedulerState) -> Plan | None:
     """
     draft = _Draft(budget=state.limits.max_tokens, results=state.limits.max_results)
     preemptions = state.counters.preemptions
-    decode = _decode_rows(state, draft)
-    _continue_prefill(state, draft)
-    if state.counters.preemptions == preemptions:
-        _admit_waiting(state, draft)
+    if (head := state.queue.head()) is not None and head.strikes and state.on_trial is None:
+        _admit_suspect(state, draft, head)
+        decode = _EMPTY
+    else:
+        decode = _decode_rows(state, draft)
+        _continue_prefill(state, draft)
+        if state.counters.preemptions == preemptions and state.on_trial is None:
+            _admit_waiting(state, draft)
     if not len(decode) and not draft.prefill_slots:
         return None
     plan = _compose(state, draft, decode)
@@ -71,11 +75,16 @@ def make_plan(state: SchedulerState) -> Plan | None:
     return plan
 
 
+def _eligible(state: SchedulerState) -> Int32:
+    """Slots that may have rows now: all running ones, or only the suspect's while one is on trial."""
+    return state.slots.running if state.on_trial is None else np.array([state.on_trial.slot], np.int32)
+
+
 def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
     """Slots [rows] that decode one token, each with a block to write it to; preempts until all have."""
     slots, block_size = state.slots, state.limits.block_size
     while True:
-        running = slots.running
+        running = _eligible(state)
         computed = slots.computed[running]
         ready = (computed >= slots.prefill_end[running]) & (computed + 1 < slots.limit[running])
         decode = running[ready][: draft.budget]
@@ -121,7 +130,7 @@ def _add_prefill(state: SchedulerState, draft: _Draft, slot: int) -> None:
 
 
 def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
-    slots, running = state.slots, state.slots.running
+    slots, running = state.slots, _eligible(state)
     for slot in running[slots.computed[running] < slots.prefill_end[running]].tolist():
         if draft.is_full:
             break
@@ -130,25 +139,39 @@ def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
 
 def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
     """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
+    while not draft.is_full and (request := state.queue.head()) is not None:
+        if not _admit(state, draft, request):
+            break
+
+
+def _admit(state: SchedulerState, draft: _Draft, request: Request) -> bool:
+    """Admit the head of the queue; False if it must wait for a slot, for blocks or for the next frame."""
     limits = state.limits
-    while not draft.is_full and state.slots.num_free:
-        request = state.queue.head()
-        if request is None:
-            break
-        hit = _find_prefix(state, request)
-        total = -(-len(request.tokens) // limits.block_size)
-        need = total - len(hit) + state.pool.num_free_in(hit)
-        bias, history = _count_extras(state, request)
-        if (
-            need > state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
-            or draft.num_blocks + total > limits.max_plan_blocks
-            or draft.num_bias + bias > limits.max_plan_bias
-            or draft.num_history + history > limits.max_plan_history
-        ):
-            break
-        _place(state, draft, state.queue.pop(), hit, total)
-        draft.num_bias += bias
-        draft.num_history += history
+    hit = _find_prefix(state, request)
+    total = -(-len(request.tokens) // limits.block_size)
+    need = total - len(hit) + state.pool.num_free_in(hit)
+    bias, history = _count_extras(state, request)
+    if (
+        not state.slots.num_free
+        or need > state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
+        or draft.num_blocks + total > limits.max_plan_blocks
+        or draft.num_bias + bias > limits.max_plan_bias
+        or draft.num_history + history > limits.max_plan_history
+    ):
+        return False
+    _place(state, draft, state.queue.pop(), hit, total)
+    draft.num_bias += bias
+    draft.num_history += history
+    return True
+
+
+def _admit_suspect(state: SchedulerState, draft: _Draft, request: Request) -> None:
+    """Put a suspect on trial once nothing else is in flight; others yield the slot and the blocks it needs."""
+    if state.inflight:
+        return
+    while not _admit(state, draft, request):
+        state.preempt(_victim(state))
+    state.on_trial = request
 
 
 def _find_prefix(state: SchedulerState, request: Request) -> list[int]:

@@ -1,4 +1,4 @@
-"""The waiting queue: by priority, then arrival; a preempted request keeps its arrival and so returns to the head."""
+"""The waiting queue, in the order of `Request.order`; a preempted request keeps its arrival and returns to the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class WaitingQueue:
     """A heap with lazy removal: push, pop and remove cost O(log n), the planner looks only at the head."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: list[tuple[bool, int, int, Request]] = []
         self._size = 0
         self.num_tokens = 0  # known tokens of all waiting requests
 
@@ -25,9 +25,9 @@ class WaitingQueue:
         self.num_tokens += len(request.tokens)
 
     def head(self) -> Request | None:
-        while self._heap and self._heap[0][2].state is not State.WAITING:
+        while self._heap and self._heap[0][-1].state is not State.WAITING:
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][-1] if self._heap else None
 
     def pop(self) -> Request:
         """The head; call only when there is one."""

@@ -41,6 +41,8 @@ class Request:
     started_ns: int = 0  # when it left the queue, which its frontend then knows; 0: not yet
     first_token_ns: int = 0  # 0: no token yet
     last_token_ns: int = 0  # current only while WAITING
+    strikes: int = 0  # executor crashes in a row that happened in a step of it; above 0 it is a suspect
+    alone_until: int = 0  # a suspect is acquitted once it has this many tokens
 
     @property
     def num_scores(self) -> int:
@@ -48,9 +50,9 @@ class Request:
         return self.prompt_len - 1 if self.params.prompt_logprobs >= 0 else 0
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who runs first: lower priority value, then earlier arrival."""
-        return self.priority, self.arrival
+    def order(self) -> tuple[bool, int, int]:
+        """Who runs first: suspects, then lower priority value, then earlier arrival."""
+        return not self.strikes, self.priority, self.arrival
 
 
 def features_of(params: SamplingParams) -> PlanFlag:

@@ -42,6 +42,7 @@ class SchedulerState:
         self.started: list[tuple[int, int, int]] = []  # (peer, request_id, cached tokens), until the next delivery
         self.epoch = 0
         self.attached = False
+        self.on_trial: Request | None = None  # the suspect that runs alone now
         self.draining = False
         self.seq = 0  # of the last plan
         self.was_idle = True  # no work was left after the last retire: the next gap is no bubble
@@ -59,10 +60,8 @@ class SchedulerState:
 
     def admit(self, peer: int, message: Admit) -> Request:
         """Take a request into the queue. Raises a typed error, with both numbers, if it can never run."""
-        if self.draining:
-            raise UnavailableError("the engine is shutting down and takes no new requests")
-        if len(self.queue) >= self.config.max_num_queued_reqs:
-            raise OverloadedError(f"{len(self.queue)} requests wait, the limit is {self.config.max_num_queued_reqs}")
+        if not message.replay:
+            self._check_capacity()
         if (peer, message.request_id) in self.requests:
             raise RequestError(f"request id {message.request_id} is already in use")
         params = message.params
@@ -72,11 +71,16 @@ class SchedulerState:
         tokens = np.concatenate((prompt, output))
         check_tokens(tokens, self.config.card)
         self._arrivals += 1
+        arrived_ns = now_ns()
+        resumed_ns = arrived_ns if len(output) else 0  # it left a queue and got its first token in an earlier life
         request = Request(
             peer=peer,
             request_id=message.request_id,
             arrival=self._arrivals,
-            arrived_ns=now_ns(),
+            arrived_ns=arrived_ns,
+            started_ns=resumed_ns,
+            first_token_ns=resumed_ns,
+            last_token_ns=resumed_ns,
             prompt_len=len(prompt),
             limit=len(prompt) + params.max_tokens,
             params=params,
@@ -85,12 +89,22 @@ class SchedulerState:
             tokens=tokens,
             features=features_of(params),
             stop_ids=frozenset(params.stop_token_ids),
+            scored=message.scored,
         )
+        if not 0 <= request.scored <= request.num_scores:
+            raise RequestError(f"{request.scored} prompt tokens were scored already, {request.num_scores} can be")
         self._hash(request, len(tokens))
         self.requests[peer, request.request_id] = request
         self.queue.push(request)
-        self.counters.prompt_tokens += len(prompt)
+        self.counters.prompt_tokens += 0 if message.replay else len(prompt)
         return request
+
+    def _check_capacity(self) -> None:
+        """Raise a typed error while no new request is taken; one that a dead scheduler took is past this."""
+        if self.draining:
+            raise UnavailableError("the engine is shutting down and takes no new requests")
+        if len(self.queue) >= self.config.max_num_queued_reqs:
+            raise OverloadedError(f"{len(self.queue)} requests wait, the limit is {self.config.max_num_queued_reqs}")
 
     def abort(self, peer: int, request_id: int) -> bool:
         """End a request now, wherever it is; its rows in flight are ignored. False if it is not open."""
@@ -110,6 +124,8 @@ class SchedulerState:
     def finish(self, request: Request) -> None:
         """Forget an open request and free what it holds."""
         del self.requests[request.peer, request.request_id]
+        if request is self.on_trial:
+            self.on_trial = None
         if request.state is State.RUNNING:
             self._vacate(request)
             request.state = State.DONE
@@ -180,17 +196,43 @@ class SchedulerState:
             if request.limit > self.max_seq_len:
                 yield request
 
-    def executor_lost(self) -> None:
-        """The KV cache and all plans in flight are gone; running requests wait again, with their tokens."""
+    def executor_lost(self) -> list[Request]:
+        """The KV cache and all plans in flight are gone; running requests wait again, with their tokens.
+
+        Those that were in flight become suspects: each runs alone until it has proved harmless. Returns those that were
+        in flight in two crashes in a row; they must not run again.
+        """
         self.attached = False
+        self.on_trial = None
+        struck = self._slots_in_flight()
         self.inflight.clear()
         for slot in self.slots.running.tolist():
             request = self.slots.request[slot]
             assert request is not None
             self.slots.vacate(slot)
+            if slot in struck:
+                request.strikes += 1
+                # One token of a prefill row and one of a decode row: whichever kernel it crashed, it would again.
+                request.alone_until = min(len(request.tokens) + 2, request.limit)
             self.queue.push(request)
         self.pool = BlockPool(1)
         self.was_idle = True
+        return [request for request in self.requests.values() if request.strikes > 1]
+
+    def _slots_in_flight(self) -> set[int]:
+        """Slots whose present owner has a row in a plan in flight."""
+        return {
+            slot
+            for record in self.inflight
+            for slot in record.slots[self.slots.generation[record.slots] == record.generation].tolist()
+        }
+
+    def end_trial(self) -> None:
+        """Acquit the suspect on trial if it has got far enough without a crash."""
+        request = self.on_trial
+        if request is not None and self.slots.known[request.slot] >= request.alone_until:
+            request.strikes = 0
+            self.on_trial = None
 
     def check(self) -> None:
         """Assert every invariant that ties the parts together; cheap enough for tests, not for every step."""

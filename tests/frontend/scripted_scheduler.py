@@ -86,7 +86,9 @@ class ScriptedScheduler:
         welcome: Message | None = None,
         model_card: ModelCard | None = None,
         on_admit: Callable[[Admit], Iterable[Message]] | None = None,
+        directory: EndpointDirectory | None = None,
     ) -> None:
+        """`directory`: take the place of another scheduler, which has hung up."""
         self.card = model_card or card()
         self.welcome = welcome or Welcome(PROTOCOL_VERSION, True, self.card, 1, 100, 16)
         self.on_admit = on_admit
@@ -95,9 +97,10 @@ class ScriptedScheduler:
         self.seen: list[Message] = []
         self.identities: set[bytes] = set()
         self._arrived: queue.Queue[Message] = queue.Queue()
-        self._directory = EndpointDirectory()
+        self._owns_directory = directory is None
+        self.directory = directory or EndpointDirectory()
         self._context = zmq.Context()
-        self._router = bind_router(self._context, self._directory.frontend)
+        self._router = bind_router(self._context, self.directory.frontend)
         self._commands = self._context.socket(zmq.PAIR)
         self._commands.bind("inproc://commands")
         self._script = self._context.socket(zmq.PAIR)
@@ -107,19 +110,26 @@ class ScriptedScheduler:
 
     @property
     def endpoint(self) -> str:
-        return self._directory.frontend
+        return self.directory.frontend
 
     def __enter__(self) -> ScriptedScheduler:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.hang_up()
+        if self._owns_directory:
+            self.directory.close()
+
+    def hang_up(self) -> None:
+        """Close every connection, as if this process had died; the endpoint directory stays."""
+        if self._script.closed:
+            return
         self._script.send(b"")
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
         self._script.close()
         self._context.term()
-        self._directory.close()
 
     def send(self, *messages: Message | bytes) -> None:
         """To the peer that spoke last. From one thread of the test."""

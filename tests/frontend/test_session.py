@@ -15,6 +15,7 @@ from frontend.inflight import Flight, Mailbox
 from frontend.session import Session
 from ipc.errors import (
     CancelledError,
+    CrashedExecutorError,
     InvalidLogitsError,
     OverloadedError,
     ProtocolError,
@@ -150,49 +151,106 @@ def test_heartbeats_are_sent_and_their_answers_kept() -> None:
     run(main())
 
 
-def test_silence_fails_open_requests_and_a_return_is_welcome() -> None:
+def test_silence_is_answered_by_a_new_connection_that_replays_what_is_open() -> None:
     async def main() -> None:
         with ScriptedScheduler() as scheduler:
             session = await opened(scheduler, heartbeat_s=0.02, heartbeat_limit_s=1.0)
+            mailbox = Mailbox(True)
+            open_ones = [flight(mailbox) for _ in range(3)]
+            session.submit(open_ones)
+            scheduler.send(tokens([(open_ones[1].request_id, 7, RUNNING)], cached={open_ones[1].request_id: 16}))
+            assert await mailbox.wait() == [open_ones[1]]
+            scheduler.answers = False
+            await until(lambda: not session.connected)
+            assert not session.ready
+            with pytest.raises(UnavailableError, match="does not answer"):
+                session.submit([flight()])
+            session.abort(open_ones[2:])
+            scheduler.answers = True
+            await until(lambda: session.ready and scheduler.count(Admit) >= 5)
+            assert len(scheduler.identities) >= 2, "what was queued for the old connection may not come through the new"
+            replays = [m for m in scheduler.seen if isinstance(m, Admit)][-2:]
+            assert [(m.request_id, unpack_tokens(m.output).tolist(), m.replay) for m in replays] == [
+                (open_ones[0].request_id, [], True),
+                (open_ones[1].request_id, [7], True),
+            ]
+            ids = [m.request_id for m in replays]
+            scheduler.send(tokens([(i, 5, LENGTH) for i in ids], cached=dict.fromkeys(ids, 32)))
+            await until(lambda: session.open_sequences == 0)
+            assert [list(each.tokens) for each in open_ones[:2]] == [[5], [7, 5]]
+            assert [each.cached_tokens for each in open_ones[:2]] == [32, 16], "the prompt was computed the first time"
+            assert not any(each.error for each in open_ones)
+            await session.close()
+
+    run(main())
+
+
+def test_open_requests_fail_when_the_scheduler_does_not_come_back_in_time() -> None:
+    async def main() -> None:
+        with ScriptedScheduler() as scheduler:
+            session = await opened(scheduler, heartbeat_s=0.02, heartbeat_limit_s=0.2, reconnect_limit_s=0.6)
             mailbox = Mailbox(True)
             lost = flight(mailbox)
             session.submit([lost])
             scheduler.answers = False
             assert await mailbox.wait() == [lost]
             assert isinstance(lost.error, UnavailableError)
-            assert not session.connected
-            assert not session.ready
-            with pytest.raises(UnavailableError, match="does not answer"):
-                session.submit([flight()])
+            assert session.open_sequences == 0
             scheduler.answers = True
             await until(lambda: session.ready)
-            assert scheduler.count(Hello) >= 2
-            assert len(scheduler.identities) >= 2, "what was queued for the old connection may not come through the new"
+            admits = scheduler.count(Admit)
             again = flight(mailbox)
             session.submit([again])
-            await until(lambda: scheduler.count(Admit) == 2)
-            scheduler.send(tokens([(again.request_id, 5, LENGTH)]))
-            assert await mailbox.wait() == [again]
-            assert again.error is None
+            await until(lambda: scheduler.count(Admit) == admits + 1)
             await session.close()
 
     run(main())
 
 
-def test_a_scheduler_that_forgot_this_peer_is_greeted_again() -> None:
+def test_a_scheduler_that_forgot_this_peer_is_greeted_again_and_told_what_is_open() -> None:
     async def main() -> None:
         with ScriptedScheduler() as scheduler:
             session = await opened(scheduler)
             mailbox = Mailbox(True)
-            lost = flight(mailbox)
-            session.submit([lost])
+            only = flight(mailbox)
+            session.submit([only])
             await arrived(scheduler, Admit)
             scheduler.send(Rejected(-1, "unavailable", "say hello first"))
-            await mailbox.wait()
-            assert isinstance(lost.error, UnavailableError)
-            await arrived(scheduler, Hello)
-            await until(lambda: session.ready)
+            assert (await arrived(scheduler, Admit)).replay
+            scheduler.send(tokens([(only.request_id, 5, LENGTH)]))
+            assert await mailbox.wait() == [only]
+            assert only.error is None
             await session.close()
+
+    run(main())
+
+
+def test_a_scheduler_in_the_place_of_a_dead_one_is_told_what_is_open() -> None:
+    """More sequences than the socket takes at once; the connection itself says that the first scheduler is gone."""
+
+    async def main() -> None:
+        first = ScriptedScheduler()
+        with first:
+            session = await opened(first, heartbeat_s=600)
+            mailbox = Mailbox(True)
+            flights = [flight(mailbox, logit_bias=dict.fromkeys(range(300), 1.0)) for _ in range(1500)]
+            for each in flights:
+                while True:
+                    try:
+                        session.submit([each])
+                        break
+                    except UnavailableError:
+                        await asyncio.sleep(0.001)
+            await until(lambda: first.count(Admit) == len(flights))
+            assert session.connected
+            first.hang_up()
+            with ScriptedScheduler(directory=first.directory) as second:
+                await until(lambda: second.count(Admit) == len(flights))
+                admits = [m for m in second.seen if isinstance(m, Admit)]
+                assert all(m.replay for m in admits)
+                assert [m.request_id for m in admits] == [each.request_id for each in flights]
+                assert session.ready
+                await session.close()
 
     run(main())
 
@@ -244,6 +302,7 @@ def test_a_reader_of_the_end_is_not_woken_before() -> None:
         (FinishReason.ABORTED, UnavailableError),
         (FinishReason.INVALID_LOGITS, InvalidLogitsError),
         (FinishReason.SLOW_CONSUMER, SlowConsumerError),
+        (FinishReason.CRASHED, CrashedExecutorError),
     ],
 )
 def test_bad_ends_are_typed_and_carry_no_token(finish: FinishReason, error: type[TandemError]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ipc.config import EngineConfig
 from ipc.frames import Plan, Result
 from ipc.schema import Admit, FinishReason, ModelCard, SamplingParams, pack_tokens
@@ -41,17 +43,23 @@ class Pipeline:
         self.outcomes: dict[int, Outcome] = {}
         self.queued: deque[tuple[Plan, set[int]]] = deque()  # planned, not yet run
         self.done: deque[Result] = deque()  # run, not yet retired
+        self.asked: dict[int, Admit] = {}  # what a frontend keeps for a replay
         self.attach()
 
     def attach(self) -> None:
         assert self.config.num_blocks is not None
         self.gpu = SimulatedGpu(self.config.limits, self.config.num_blocks)
+        self._greet()
+
+    def _greet(self) -> None:
+        assert self.config.num_blocks is not None
         for request in self.state.executor_attached(self.state.epoch + 1, self.config.num_blocks):
             raise AssertionError(f"request {request.request_id} no longer fits")
 
     def admit(self, request_id: int, prompt: list[int], peer: int = 0, salt: str = "", **params: object) -> Request:
         sampling = SamplingParams(temperature=0.0, **params)  # type: ignore[arg-type]
-        request = self.state.admit(peer, Admit(request_id, pack_tokens(prompt), sampling, cache_salt=salt))
+        message = self.asked[request_id] = Admit(request_id, pack_tokens(prompt), sampling, cache_salt=salt)
+        request = self.state.admit(peer, message)
         self.outcomes[request_id] = Outcome()
         return request
 
@@ -91,6 +99,8 @@ class Pipeline:
         if not self.done:
             return False
         result = self.done.popleft()
+        if result.epoch != self.state.epoch:
+            return True
         delivery = retire(self.state, result)
         assert result.logprob is not None
         for request_id, row in zip(delivery.score_request_id, delivery.score_result_row, strict=True):
@@ -107,9 +117,27 @@ class Pipeline:
         """The executor dies with all it was given, and a new one comes up."""
         self.queued.clear()
         self.done.clear()
-        self.state.executor_lost()
+        for request in self.state.executor_lost():
+            self.state.finish(request)
+            self.outcomes[request.request_id].finish = FinishReason.CRASHED
         self.attach()
         self.state.check()
+
+    def scheduler_crash(self) -> None:
+        """The scheduler dies; the executor goes on with what it was given; frontends replay what they have open."""
+        seq, epoch = self.state.seq, self.state.epoch
+        self.state = SchedulerState(self.config)
+        self.state.seq, self.state.epoch = seq, epoch
+        self._greet()
+        for request_id, outcome in self.outcomes.items():
+            if outcome.finish is FinishReason.RUNNING:
+                self.replay(request_id)
+        self.state.check()
+
+    def replay(self, request_id: int) -> None:
+        outcome = self.outcomes[request_id]
+        output, scored = pack_tokens(outcome.tokens), len(outcome.scores)
+        self.state.admit(0, msgspec.structs.replace(self.asked[request_id], output=output, replay=True, scored=scored))
 
     def drain(self, steps: int = 10_000) -> None:
         """Run to the end, one move of each kind at a time."""

@@ -28,6 +28,17 @@ LONG = prompt_that(lambda out: len(out) == 20 and EOS not in out)
 ENDS_THIRD = prompt_that(lambda out: len(out) == 3 and out[-1] == EOS)
 
 
+def advance(pipeline: Pipeline, tokens: int) -> None:
+    """Run until every request has this many tokens."""
+    for _ in range(1000):
+        if min(len(outcome.tokens) for outcome in pipeline.outcomes.values()) >= tokens:
+            return
+        pipeline.plan()
+        pipeline.run()
+        pipeline.retire()
+    raise AssertionError(f"no {tokens} tokens each, but {pipeline.outcomes}")
+
+
 def fill_pipeline(pipeline: Pipeline) -> int:
     """Plan until nothing more can be planned; returns the plans in flight."""
     while pipeline.plan():
@@ -242,3 +253,83 @@ def test_replayed_output_counts_towards_the_limit() -> None:
     pipeline.drain()
     assert pipeline.outcomes[1].tokens == whole
     assert make_plan(pipeline.state) is None
+
+
+def test_a_request_that_crashes_its_steps_is_given_up_alone() -> None:
+    """Two crashes, whoever was beside it; then everyone else goes on with the tokens they had."""
+    pipeline = Pipeline(tiny_config(num_blocks=40))
+    for request_id in range(1, 5):
+        pipeline.admit(request_id, LONG, max_tokens=20)
+    advance(pipeline, 5)
+    bad = pipeline.state.requests[0, 3]
+    crashes = 0
+    for _ in range(1000):
+        while pipeline.plan():
+            pass
+        if pipeline.queued and bad.slot in pipeline.queued[0][0].row_slot:
+            rows = pipeline.queued[0][0].num_rows
+            pipeline.crash()
+            crashes += 1
+            continue
+        if not (pipeline.run() | pipeline.retire()):
+            break
+    assert crashes == 2
+    assert rows == 1, "the second time it ran alone"
+    assert pipeline.outcomes.pop(3).finish is FinishReason.CRASHED
+    for outcome in pipeline.outcomes.values():
+        assert (outcome.tokens, outcome.finish) == (sequential_oracle(LONG, 20), FinishReason.LENGTH)
+
+
+def test_suspects_run_one_at_a_time_until_each_has_two_more_tokens() -> None:
+    pipeline = Pipeline(tiny_config(num_blocks=40))
+    for request_id in (1, 2, 3):
+        pipeline.admit(request_id, LONG, max_tokens=20)
+    fill_pipeline(pipeline)
+    pipeline.crash()
+    pipeline.admit(4, ENDS_THIRD, max_tokens=20)
+    seen: list[int] = []
+    last = pipeline.state.requests[0, 3]
+    for _ in range(1000):
+        if not last.strikes:
+            break
+        while pipeline.plan():
+            plan, _ = pipeline.queued[-1]
+            assert plan.num_rows == 1
+            request = pipeline.state.slots.request[int(plan.row_slot[0])]
+            assert request is not None
+            seen.append(request.request_id)
+        pipeline.run()
+        pipeline.retire()
+    assert sorted(set(seen), key=seen.index) == [1, 2, 3]
+    assert seen == sorted(seen)
+    assert not last.strikes and all(len(pipeline.outcomes[i].tokens) >= 2 for i in (1, 2, 3))
+    pipeline.drain()
+    assert pipeline.outcomes[4].tokens == sequential_oracle(ENDS_THIRD, 20)
+
+
+def test_a_suspect_gets_the_blocks_of_those_that_were_acquitted() -> None:
+    pipeline = Pipeline(tiny_config(num_blocks=12, enable_prefix_caching=False))
+    for request_id in (1, 2):
+        pipeline.admit(request_id, LONG, max_tokens=20)
+    advance(pipeline, 16)
+    pipeline.crash()
+    pipeline.drain()
+    for request_id in (1, 2):
+        assert pipeline.outcomes[request_id].tokens == sequential_oracle(LONG, 20)
+
+
+def test_a_replay_is_taken_by_a_full_or_draining_scheduler() -> None:
+    pipeline = Pipeline(tiny_config(max_num_queued_reqs=1))
+    pipeline.admit(1, LONG, max_tokens=20)
+    advance(pipeline, 4)
+    pipeline.scheduler_crash()
+    pipeline.abort(1)
+    pipeline.admit(2, LONG, max_tokens=20)
+    with pytest.raises(OverloadedError):
+        pipeline.admit(3, LONG, max_tokens=20)
+    pipeline.state.draining = True
+    pipeline.outcomes[1].finish = FinishReason.RUNNING
+    pipeline.replay(1)
+    pipeline.drain()
+    assert pipeline.outcomes[1].tokens == sequential_oracle(LONG, 20)
+    assert pipeline.state.counters.prompt_tokens == len(LONG), "that of a replay was counted when it first came"
