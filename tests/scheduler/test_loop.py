@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -19,13 +21,17 @@ from ipc.schema import (
     Admit,
     Drain,
     Drained,
+    Draining,
     ExecutorHello,
     ExecutorLost,
     ExecutorStuck,
     FinishReason,
+    FrontendStuck,
+    GetInvariants,
     GetStats,
     Goodbye,
     Hello,
+    Invariants,
     Message,
     Rejected,
     SamplingParams,
@@ -95,15 +101,24 @@ class Bench:
             control=self.control,
             parent_pipe=-1,
         )
+        self.channels = channels
         self.loop = Loop(self.config, channels)
         self.plans, self.results = RingReader(plan_ring), RingWriter(result_ring)
         self.answering = True
         self.times: dict[str, int] = {}  # of every result's header
+        self.greet()
+
+    def greet(self) -> None:
         self.launcher = Peer(self, self.control, decode_launcher)
         self.launcher.send(Hello(PROTOCOL_VERSION, "launcher", "launcher", 1))
 
+    def replace_scheduler(self) -> None:
+        """The scheduler dies between two steps, and the launcher starts another one on the same rings."""
+        self.close()
+        self.loop = Loop(self.config, msgspec.structs.replace(self.channels, life=self.channels.life + 1))
+        self.greet()
+
     def attach(self, epoch: int = 1) -> None:
-        self.epoch = epoch
         self.launcher.send(ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17))
         assert self.launcher.receive(SchedulerReady).epoch == epoch
 
@@ -130,7 +145,7 @@ class Bench:
             layout = self.config.result_layout
             result[layout.token : layout.token + 4 * plan.num_rows].view("i4")[:] = 5
             rows = plan.num_rows
-            write_result_header(result, seq=plan.seq, epoch=self.epoch, num_rows=rows, has_logprobs=False, **self.times)
+            write_result_header(result, seq=plan.seq, epoch=plan.epoch, num_rows=rows, has_logprobs=False, **self.times)
             self.plans.ack(plan.seq)
             self.results.publish(seq)
 
@@ -324,3 +339,92 @@ def test_draining_finishes_what_is_open(bench: Bench) -> None:
     bench.launcher.receive(Drained)
     peer.send(admit(2))
     assert peer.receive(Rejected).code == "unavailable"
+
+
+def test_a_new_scheduler_waits_for_the_plans_of_the_dead_one_and_drops_their_results(bench: Bench) -> None:
+    peer = bench.frontend_peer()
+    bench.answering = False
+    peer.send(admit(1, max_tokens=4))
+    assert peer.stats().inflight == 2
+    bench.replace_scheduler()
+    bench.attach(epoch=2)
+    back = bench.frontend_peer()
+    replay = msgspec.structs.replace(admit(1, max_tokens=4), output=pack_tokens([9]), replay=True)
+    back.send(replay)
+    stats = back.stats()
+    assert (stats.waiting, stats.inflight, stats.epoch) == (1, 0, 2), "the executor still holds two plans"
+    assert stats.step_age_ns > 0, "if it never gives them back it is stuck"
+    bench.answering = True
+    assert receive_rows(back, 3) == [(1, 5, FinishReason.RUNNING)] * 2 + [(1, 5, FinishReason.LENGTH)]
+    assert bench.loop.plan_ring.acked == bench.loop.plan_ring.head == bench.loop.state.seq
+
+
+def test_an_executor_that_died_with_the_scheduler_owes_nothing(bench: Bench) -> None:
+    peer = bench.frontend_peer()
+    bench.answering = False
+    peer.send(admit(1, max_tokens=4))
+    assert peer.stats().inflight == 2
+    bench.replace_scheduler()
+    bench.plans = RingReader(bench.plan_ring)
+    bench.attach(epoch=2)
+    back = bench.frontend_peer()
+    bench.answering = True
+    back.send(admit(1))
+    assert receive_rows(back, 3)[-1] == (1, 5, FinishReason.LENGTH)
+
+
+def test_a_new_scheduler_is_not_drained_before_frontends_could_come_back(bench: Bench) -> None:
+    bench.replace_scheduler()
+    bench.attach(epoch=2)
+    bench.launcher.send(Drain())
+    back = bench.frontend_peer()
+    back.receive(Draining)
+    back.send(msgspec.structs.replace(admit(1), replay=True))
+    assert receive_rows(back, 3)[-1] == (1, 5, FinishReason.LENGTH)
+    bench.turn()
+    assert not any(isinstance(message, Drained) for message in bench.launcher.inbox)
+    bench.loop.rejoined_ns = 0
+    bench.launcher.receive(Drained)
+
+
+def test_a_dead_frontend_gives_its_blocks_back_within_two_steps(bench: Bench) -> None:
+    dead, other = bench.frontend_peer(), bench.frontend_peer()
+    dead.send(admit(1, max_tokens=60))
+    other.send(admit(1, max_tokens=60))
+    while len(bench.loop.state.slots.running) < 2:
+        bench.turn()
+    identity = dead.socket.getsockopt(zmq.IDENTITY)
+    dead.socket.close(0)
+    while bench.loop._send_to(identity, Draining()) is not None:  # ZMQ's own thread takes note of it
+        time.sleep(0.001)
+    steps = bench.loop.state.counters.steps
+    while len(bench.loop.state.slots.running) == 2:
+        bench.turn()
+    assert bench.loop.state.counters.steps - steps <= 2
+    assert len(bench.loop.peers) == 1
+
+
+def test_a_silent_frontend_is_reported_to_the_launcher(bench: Bench) -> None:
+    silent = bench.frontend_peer()
+    bench.loop.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
+    bench.loop.next_check_ns = 0
+    assert bench.launcher.receive(FrontendStuck).pid == 3
+
+
+def test_invariants_are_told_only_with_debug_endpoints(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, debug_endpoints=True)
+    bench.attach()
+    bench.answering = False
+    peer = bench.frontend_peer()
+    peer.send(admit(1))
+    peer.stats()
+    peer.send(GetInvariants())
+    found = peer.receive(Invariants)
+    assert found.violations == []
+    assert (found.requests, found.running, found.plans_in_flight) == (1, 1, 2)
+    assert found.plan_published - found.plan_acked == 2
+    assert found.blocks_free + found.blocks_owned == found.blocks_total == 16
+    bench.loop.state.pool.num_free -= 1
+    peer.send(GetInvariants())
+    assert len(peer.receive(Invariants).violations) == 2
+    bench.close()
