@@ -23,6 +23,7 @@ import pytest
 
 from frontend import AsyncClient
 from frontend.request import Completion
+from ipc.errors import UnavailableError
 from tests.e2e.engine import DEMO_MODEL, Engine, running_engine, wait_until
 
 WAIT_S = 60.0
@@ -213,18 +214,26 @@ async def streamed(client: AsyncClient, prompt: str, tokens: list[int]) -> str:
     return text
 
 
-async def streams_with_a_kill(engine: Engine) -> None:
+async def epoch_of(client: AsyncClient) -> int:
+    """-1 while the scheduler is away."""
+    try:
+        return (await client.stats()).epoch
+    except UnavailableError:
+        return -1
+
+
+async def streams_with_a_kill(engine: Engine, role: str) -> None:
     async with AsyncClient(engine.endpoint) as client:
         expected = await asyncio.gather(*(undisturbed(client, prompt) for prompt in PROMPTS))
-        epoch = (await client.stats()).epoch
+        epoch = await epoch_of(client)
         tokens: list[list[int]] = [[] for _ in PROMPTS]
         streams = [asyncio.ensure_future(streamed(client, *asked)) for asked in zip(PROMPTS, tokens, strict=True)]
         while min(map(len, tokens)) < 50:
             await asyncio.sleep(0.001)
-        engine.children()["executor"].kill()
-        while (await client.stats()).epoch == epoch:
+        assert not any(stream.done() for stream in streams), "a stream ended before the process did"
+        engine.children()[role].kill()
+        while await epoch_of(client) <= epoch:
             await asyncio.sleep(0.02)
-        assert not any(stream.done() for stream in streams), "a stream ended before the executor did"
         texts = await asyncio.gather(*streams)
         stats = await client.stats()
     clear = [index for index, answer in enumerate(expected) if is_clear(answer)]
@@ -236,8 +245,9 @@ async def streams_with_a_kill(engine: Engine) -> None:
     assert (stats.running, stats.waiting, stats.blocks_free) == (0, 0, stats.blocks_total)
 
 
-def test_streams_go_on_with_the_same_tokens_when_the_executor_is_killed(engine: Engine) -> None:
-    asyncio.run(asyncio.wait_for(streams_with_a_kill(engine), 3 * WAIT_S))
+@pytest.mark.parametrize("role", ["executor", "scheduler"])
+def test_streams_go_on_with_the_same_tokens_when_a_process_is_killed(engine: Engine, role: str) -> None:
+    asyncio.run(asyncio.wait_for(streams_with_a_kill(engine, role), 3 * WAIT_S))
     assert complete(engine).status_code == 200
 
 
