@@ -58,6 +58,8 @@ def read_fault(role: str, life: int) -> Fault:
     if not text:
         return NO_FAULT
     asked_role, *fields = text.split(":")
+    if asked_role != role and asked_role in _ROLES:
+        return NO_FAULT
     kinds = [field for field in fields if field in _KINDS]
     numbers = dict(field.split("=", 1) for field in fields if "=" in field)
     if (
@@ -69,6 +71,6 @@ def read_fault(role: str, life: int) -> Fault:
         raise ConfigError(f"{text!r} is not ROLE:step=N[:epoch=E]:{'|'.join(_KINDS)}", param=_VARIABLE)
     if not all(number.isdecimal() for number in numbers.values()):
         raise ConfigError(f"{text!r}: step, token and epoch are numbers", param=_VARIABLE)
-    if asked_role != role or int(numbers.get("epoch", life)) != life:
+    if int(numbers.get("epoch", life)) != life:
         return NO_FAULT
     return Fault(int(numbers.get("step", _NONE)), int(numbers.get("token", _NONE)), kinds[0])

@@ -58,7 +58,7 @@ class Soak:
 
     async def work(self, numbers: Iterator[int], http: httpx.AsyncClient) -> None:
         for number in numbers:
-            prompt = [self.rng.randrange(2, 3000) for _ in range(self.rng.randint(1, 40))]
+            prompt = [self.rng.randrange(2, 2000) for _ in range(self.rng.randint(1, 40))]
             max_tokens = self.rng.randint(1, 8)
             self.sent["requests"] += 1
             self.sent["prompt_tokens"] += len(prompt)

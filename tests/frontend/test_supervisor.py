@@ -292,15 +292,15 @@ def test_a_stopped_scheduler_is_noticed_dumped_and_replaced(folder: Path) -> Non
 
 
 def test_a_request_that_crashes_the_executor_fails_alone(folder: Path) -> None:
-    """The executor dies of every prompt that holds token 7; two lives are enough to know which request it is."""
-    env = {"ENGINE_FAULT": "executor:token=7:exit", "ENGINE_FAKE_STEP_US": "5000"}
+    """The executor dies of every prompt that holds token 2; two lives are enough to know which request it is."""
+    env = {"ENGINE_FAULT": "executor:token=2:exit", "ENGINE_FAKE_STEP_US": "5000"}
     with launched(folder, "--max-restarts", "2", env=env) as engine:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            others = [pool.submit(engine.complete, prompt=[1, 2, 3 + i], max_tokens=150) for i in range(3)]
+            others = [pool.submit(engine.complete, prompt=[1, 8, 9 + i], max_tokens=150) for i in range(3)]
             wait_until(
                 lambda: 'num_requests_running{engine="0",model_name="tiny"} 3' in engine.metrics(), START_S, "they run"
             )
-            bad = engine.complete(prompt=[1, 7, 2], max_tokens=150)
+            bad = engine.complete(prompt=[1, 2, 8], max_tokens=150)
             assert (bad.status_code, bad.json()["error"]["code"]) == (500, "request_crashed_executor")
             assert [each.result().json()["usage"]["completion_tokens"] for each in others] == [150] * 3
         assert "restart 2 of 2" in "\n".join(engine.stderr)
