@@ -1,6 +1,6 @@
 """The flags of `engine-launch`, as vLLM names them, and the frozen options they become.
 
-Called by the launcher only. Reads no file but that of --config, and touches no socket or device.
+Called by the launcher only. Reads no file but those that flags name, touches no socket or device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import yaml
@@ -77,6 +78,7 @@ class Options:
     watchdog_timeout: float
     shutdown_timeout: float
     metrics_prefix: str
+    chat_template: str | None
     max_restarts: int
     fake_executor: bool
     print_config: bool
@@ -210,6 +212,7 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics-prefix", type=_metrics_prefix, default="engine", metavar="NAME", help="vllm: for its dashboards"
     )
+    group.add_argument("--chat-template", metavar="FILE", help="jinja file, instead of the model's own template")
 
 
 def _configuration_flags(parser: argparse.ArgumentParser) -> None:
@@ -343,6 +346,13 @@ def _check_endpoint(endpoint: str | None, keys: str | None) -> None:
         )
 
 
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable: {error}", param="--chat-template") from error
+
+
 def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfig:
     """The configuration of the engine's processes, with the choices that depend on the device made."""
     budget_tokens = options.max_num_batched_tokens or (8192 if device == "cuda" else 2048)
@@ -381,4 +391,5 @@ def http_config(options: Options | argparse.Namespace) -> HttpConfig:
         watchdog_timeout_s=options.watchdog_timeout,
         shutdown_timeout_s=options.shutdown_timeout,
         metrics_prefix=options.metrics_prefix,
+        chat_template=None if options.chat_template is None else _read_template(options.chat_template),
     )

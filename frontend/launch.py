@@ -138,6 +138,8 @@ def serve(options: flags.Options) -> int:
     try:
         config = prepare(options)
         plumbing = _make_plumbing(config, listener)
+        told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
+        print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
 
         def announce(ready: SchedulerReady) -> None:
             took_s = now_s() - started_s

@@ -100,6 +100,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +199,8 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, float] 
 def chat_params(request: ChatRequest, defaults: Mapping[str, float] = {}) -> GenerateParams:
     """How to generate for a chat request; `defaults` are the model's. Raises InvalidParameterError."""
     _refuse_unsupported(request)
+    if request.chat_template is not None:
+        raise InvalidParameterError("chat_template is the server's: see its --chat-template", param="chat_template")
     if request.tools:
         raise InvalidParameterError("tools are not supported", param="tools")
     if request.top_logprobs is not None and not request.logprobs:

@@ -80,7 +80,7 @@ async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncItera
                 _log.warning("not connected yet: %s", error)
                 service.fault = error.message
                 await asyncio.sleep(pause_s)
-        service.attached, service.fault = True, ""
+        service.attach()
         if ready_bell is not None:
             ready_bell.ring()
 
@@ -190,9 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_one_place(ipc, frontend)
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         client = AsyncClient(options.connect, name="http", tokenizer=tokenizer, auth_keys=options.auth_keys)
+        config = flags.http_config(options)
         listener = bind_http(options.host, options.port, None)
     except ConfigError as error:
         return fail("engine-frontend", error)
     print(f"Frontend on {url_of(listener)}", flush=True)
-    config = flags.http_config(options)
     return _run(serve(client, listener, config, close_timeout_s=config.shutdown_timeout_s), LogConfig())

@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -65,6 +66,13 @@ class Service:
         self.started_s = int(time.time())
         self._config = config
         self._registry: CollectorRegistry | None = None
+
+    def attach(self) -> None:
+        """The client is connected from now on, as far as anyone knows."""
+        if self._config.chat_template is not None:
+            with suppress(InvalidParameterError):  # without a tokenizer there is no chat
+                self.tokenizer.use_chat_template(self._config.chat_template)
+        self.attached, self.fault = True, ""
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -15,6 +15,11 @@ from typing import Any, Final
 
 from ipc.errors import InvalidParameterError, ModelError
 
+# Arguments of apply_chat_template that are no business of a template; a template from a request would be a program.
+_RESERVED: Final = {
+    *("conversation", "chat_template", "tools", "add_generation_prompt", "tokenize", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 LONG_TEXT_CHARS: Final = 4096  # above this, encoding takes long enough (about 1 ms) to leave the event loop
 
 
@@ -68,6 +73,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._pretrained.chat_template)
 
+    def use_chat_template(self, template: str) -> None:
+        """Render conversations by `template` instead of the model's own."""
+        self._pretrained.chat_template = template
+
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Token ids, with the special tokens that transformers adds.
 
@@ -110,6 +119,11 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidParameterError("each message must be an object with a role", param="messages")
+        reserved = sorted(_RESERVED & set(template_kwargs or ()))
+        if reserved:
+            raise InvalidParameterError(
+                f"chat_template_kwargs may not set {', '.join(reserved)}", param="chat_template_kwargs"
+            )
         try:
             text = self._pretrained.apply_chat_template(
                 [dict(message) for message in messages],

@@ -25,6 +25,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
     watchdog_timeout_s: float = 60.0
     shutdown_timeout_s: float = 30.0  # for open responses after SIGTERM
     metrics_prefix: str = "engine"
+    chat_template: str | None = None  # jinja text, instead of the model's own
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

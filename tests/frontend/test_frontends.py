@@ -19,6 +19,7 @@ from ipc.schema import PROTOCOL_VERSION, Welcome
 from tests.e2e.engine import Engine, read_line, running_engine, wait_until
 from tests.frontend.model_folder import tiny_model
 from tests.frontend.scripted_scheduler import ScriptedScheduler, card
+from tests.frontend.tokenizers_for_tests import byte_level_tokenizer
 
 WAIT_S = 60.0
 FRONTENDS = 3
@@ -201,11 +202,13 @@ def test_metrics_are_the_same_through_every_frontend(engine: Engine) -> None:
 def test_a_frontend_whose_scheduler_is_away_says_so_and_recovers(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     model = card(str(folder))
+    template = folder / "own.jinja"
+    template.write_text("{{ messages[0].content }}")
     with ScriptedScheduler(
         model_card=model, welcome=Welcome(PROTOCOL_VERSION + 1, True, model, 1, 100, 16)
     ) as scheduler:
         scheduler.answers = False
-        with joined(scheduler.endpoint) as frontend:
+        with joined(scheduler.endpoint, "--chat-template", str(template)) as frontend:
             answer = httpx.get(f"{frontend.root}/health", timeout=WAIT_S)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
             assert "does not answer" in answer.json()["error"]["message"]
@@ -217,4 +220,7 @@ def test_a_frontend_whose_scheduler_is_away_says_so_and_recovers(tmp_path_factor
             wait_until(lambda: f"protocol {PROTOCOL_VERSION + 1}" in complaint(), WAIT_S, "the reason is told")
             scheduler.welcome = Welcome(PROTOCOL_VERSION, True, model, 1, 100, 16)
             wait_until(lambda: status(frontend.root) == 200, WAIT_S, "it serves")
+            body = {"messages": [{"role": "user", "content": "the"}]}
+            tokens = httpx.post(f"{frontend.root}/tokenize", json=body, timeout=WAIT_S).json()["tokens"]
+            assert tokens == byte_level_tokenizer().encode("the"), "by the template of the flag"
             assert frontend.stop() == 0

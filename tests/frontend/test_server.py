@@ -299,6 +299,8 @@ def test_a_body_at_fault_is_400_naming_the_field(http: httpx.Client, body: bytes
         ({"logprobs": True, "top_logprobs": 10_000}, None),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
     ],
 )
 def test_a_chat_at_fault_is_400_naming_the_field(http: httpx.Client, fields: Any, param: str | None) -> None:

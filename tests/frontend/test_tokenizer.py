@@ -116,6 +116,13 @@ def test_bad_messages(messages: list[dict[str, str]]) -> None:
     assert caught.value.param == "messages"
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools"])
+def test_a_request_cannot_bring_a_template_or_change_what_is_done_with_it(name: str) -> None:
+    with pytest.raises(InvalidParameterError, match=f"may not set {name}") as caught:
+        byte_level_tokenizer().render_chat(MESSAGES, template_kwargs={name: "{{ 1 }}"})
+    assert caught.value.param == "chat_template_kwargs"
+
+
 def test_no_chat_template() -> None:
     with pytest.raises(InvalidParameterError, match="no chat template"):
         sentencepiece_tokenizer().render_chat(MESSAGES)
