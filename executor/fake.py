@@ -2,7 +2,8 @@
 
 Entry `python -P -m executor.fake --start-fd N`; speaks the same rings as the real one and must never import torch. The
 token at position p of a slot is the ((seed + p) mod n)-th of the n ids that do not end a sequence, so a reader can
-predict every stream. ENGINE_FAKE_STEP_US makes a step take that long.
+predict every stream; a row with a grammar takes its token in the same way from those that its mask allows.
+ENGINE_FAKE_STEP_US makes a step take that long.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class FakeModel:
         self._position[plan.row_slot] += plan.row_query_len
         index: Int64 = self._seed[plan.row_slot] + self._position[plan.row_slot]
         tokens: Int32 = self._tokens[index % len(self._tokens)]
+        masks = plan.grammar_word.reshape(len(plan.grammar_row), -1) if len(plan.grammar_row) else ()
+        for row, words in zip(plan.grammar_row.tolist(), masks, strict=True):
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            tokens[row] = allowed[index[row] % len(allowed)]
         return tokens
 
 

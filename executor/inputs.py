@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from executor.sampler import Sampler
+from executor.sampler import GrammarMask, Sampler
 from executor.slot_state import SlotState
 from ipc.frames import PLAN_COLUMNS, Bytes, Param, PlanFlag, PlanWord
 
@@ -124,6 +124,15 @@ def apply_blocks(plan: StagedPlan, state: SlotState) -> None:
     if count := plan.header.words[PlanWord.NUM_BLOCKS]:
         slot, index, block = (plan.column(name, count) for name in ("block_slot", "block_index", "block_id"))
         state.set_blocks(slot, index, block)
+
+
+def grammar_mask(plan: StagedPlan) -> GrammarMask | None:
+    """What the plan's grammars allow; None if no row has one."""
+    words = plan.header.words
+    rows, count = words[PlanWord.NUM_GRAMMAR_ROWS], words[PlanWord.NUM_GRAMMAR_WORDS]
+    if not rows:
+        return None
+    return GrammarMask(plan.column("grammar_row", rows), plan.column("grammar_word", count).view(rows, -1))
 
 
 def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:

@@ -4,6 +4,7 @@ Called on the compute stream only, by the step that unpacks a plan (`admit`, `se
 one that has the logits (`sample`). It must never wait for the device; no row may feel what other rows ask for.
 
 The order of the stages is that of vLLM's sampler (vllm/v1/worker/gpu/sample/sampler.py), skipped where no row asks:
+    grammar       -inf on what a row's mask does not allow
     bias          logit_bias, and -inf on the stop ids that min_tokens forbids
     penalties     repetition (prompt and generated), then frequency and presence (generated)
     temperature   logits / T
@@ -34,6 +35,24 @@ class Sampled:
     rank: torch.Tensor | None = None  # int32 [rows], 1 = most probable
     top_token: torch.Tensor | None = None  # int32 [rows, max_logprobs], most probable first; -1 past the vocabulary
     top_logprob: torch.Tensor | None = None  # float32 [rows, max_logprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarMask:
+    """The tokens that some rows may sample, one bit for each id, the lowest bit of a word first."""
+
+    row: torch.Tensor  # int32 [grammar rows]
+    words: torch.Tensor  # int32 [grammar rows, at least vocab_size / 32]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy of logits [rows, vocab] with -inf where a mask has no bit. Plain torch: few steps need it."""
+        bit = torch.arange(32, dtype=torch.int32, device=logits.device)
+        forbidden = (self.words.unsqueeze(2) >> bit & 1) == 0  # [grammar rows, words, 32]
+        forbidden = F.pad(forbidden.flatten(1), (0, logits.shape[1] - 32 * self.words.shape[1]), value=True)
+        row = self.row.long()
+        masked = logits.clone()
+        masked[row] = logits[row].masked_fill_(forbidden, -torch.inf)
+        return masked
 
 
 class Sampler:
@@ -104,9 +123,11 @@ class Sampler:
         position: torch.Tensor,  # int [rows], of the token to sample
         row_sample: torch.Tensor,  # int32 [rows], 0 = nobody will read this row's token
         flags: PlanFlag,  # the union of what the rows need
+        grammar: GrammarMask | None = None,
     ) -> Sampled:
         """Choose a token for every row, carry it over, and count it for the rows with penalties. Capturable."""
-        token = self._choose(self.tables, logits, row_slot, position, row_sample, flags)
+        allowed = logits if grammar is None else grammar.apply(logits)
+        token = self._choose(self.tables, allowed, row_slot, position, row_sample, flags)
         if not flags & PlanFlag.LOGPROBS:
             return Sampled(token)
         return _with_logprobs(token, logits, self._max_logprobs)

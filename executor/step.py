@@ -18,6 +18,7 @@ from executor.inputs import (
     apply_deltas,
     build_decode_inputs,
     build_inputs,
+    grammar_mask,
 )
 from executor.model import Model
 from executor.sampler import Sampled, Sampler
@@ -78,7 +79,7 @@ class StepRunner:
             self._column(output, self._layout.token, rows).copy_(graph.token[:rows])
         else:
             row_sample = plan.column("row_sample", rows)
-            sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags)
+            sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags, grammar_mask(plan))
             self._write(output, sampled, 0)
             if header.num_scores:
                 scored = self._sampler.score(logits[rows:], plan.column("score_token", header.num_scores))

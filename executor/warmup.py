@@ -9,7 +9,7 @@ import numpy as np
 
 from ipc.frames import FrameLimits, Param, Plan, PlanFlag
 
-ALL_STAGES = PlanFlag.SAMPLE | PlanFlag.FILTER | PlanFlag.PENALTY | PlanFlag.BIAS | PlanFlag.LOGPROBS
+ALL_STAGES = PlanFlag.SAMPLE | PlanFlag.FILTER | PlanFlag.PENALTY | PlanFlag.BIAS | PlanFlag.LOGPROBS | PlanFlag.GRAMMAR
 
 
 def synthetic_plan(query_lens: list[int], num_decode: int, flags: PlanFlag) -> Plan:
@@ -39,6 +39,8 @@ def synthetic_plan(query_lens: list[int], num_decode: int, flags: PlanFlag) -> P
         history_slot=empty,
         history_token=empty,
         history_count=empty,
+        grammar_row=empty,
+        grammar_word=empty,
     )
 
 
@@ -47,7 +49,10 @@ def full_step_plan(limits: FrameLimits) -> Plan:
     rows = min(limits.max_rows, limits.max_tokens)
     share, rest = divmod(limits.max_tokens, rows)
     query_lens = [min(share + (i < rest), limits.max_seq_len) for i in range(rows)]
-    return synthetic_plan(query_lens, 0, ALL_STAGES)
+    plan = synthetic_plan(query_lens, 0, ALL_STAGES)
+    plan.grammar_row = np.arange(min(rows, limits.max_grammar_rows) if limits.mask_words else 0, dtype=np.int32)
+    plan.grammar_word = np.full(len(plan.grammar_row) * limits.mask_words, -1, np.int32)  # everything is allowed
+    return plan
 
 
 def warmup_plans(limits: FrameLimits) -> list[Plan]:

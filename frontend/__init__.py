@@ -2,6 +2,7 @@
 
 from frontend.client import AsyncClient, Client
 from frontend.request import Choice, Chunk, Completion, GenerateParams, TokenLogprob
+from frontend.structured import StructuredOutputs
 from frontend.tokenizer import Tokenizer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Client",
     "Completion",
     "GenerateParams",
+    "StructuredOutputs",
     "TokenLogprob",
     "Tokenizer",
 ]

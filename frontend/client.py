@@ -239,9 +239,10 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk, None]:
         packed = check_prompt(prompt, self.card)
         sequences = prepare(params, self.card, len(prompt))
+        grammar = "" if params.structured_outputs is None else await params.structured_outputs.compile()
         mailbox = Mailbox(each_token)
         flights = [
-            Flight(mailbox, index, packed, sampling, int(params.priority), params.cache_salt)
+            Flight(mailbox, index, packed, sampling, int(params.priority), params.cache_salt, grammar)
             for index, sampling in enumerate(sequences)
         ]
         assemblers = [Assembler(self._tokenizer, self.card, prompt, params) for _ in flights]

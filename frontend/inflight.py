@@ -14,6 +14,7 @@ import numpy as np
 
 from ipc.errors import (
     CrashedExecutorError,
+    GrammarError,
     InvalidLogitsError,
     ProtocolError,
     SlowConsumerError,
@@ -71,6 +72,7 @@ class Flight:
         "cached_tokens",
         "error",
         "finish",
+        "grammar",
         "index",
         "logprobs",
         "mailbox",
@@ -85,7 +87,14 @@ class Flight:
     )
 
     def __init__(
-        self, mailbox: Mailbox, index: int, prompt: bytes, params: SamplingParams, priority: int, cache_salt: str
+        self,
+        mailbox: Mailbox,
+        index: int,
+        prompt: bytes,
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str,
+        grammar: str = "",
     ) -> None:
         self.mailbox = mailbox
         self.index = index  # which choice of the user's request
@@ -93,6 +102,7 @@ class Flight:
         self.params = params
         self.priority = priority
         self.cache_salt = cache_salt
+        self.grammar = grammar
         self.request_id = UNSENT  # given at submission
         self.tokens = array("i")
         self.logprobs: list[LogprobRow] | None = None if params.logprobs < 0 else []  # as long as tokens
@@ -114,6 +124,7 @@ class Flight:
             output=self.tokens.tobytes(),
             replay=replay,
             scored=len(self.prompt_logprobs),
+            grammar=self.grammar,
         )
 
     def start(self, cached_tokens: int) -> None:
@@ -132,6 +143,7 @@ _ENDED_BADLY: Final[dict[FinishReason, tuple[type[TandemError], str]]] = {
     FinishReason.ABORTED: (UnavailableError, "the engine gave this request up"),
     FinishReason.INVALID_LOGITS: (InvalidLogitsError, "the model produced NaN for this request"),
     FinishReason.CRASHED: (CrashedExecutorError, "the executor crashed twice in a row in a step of this request"),
+    FinishReason.INVALID_GRAMMAR: (GrammarError, "the grammar came to a dead end or became too complex to follow"),
     FinishReason.SLOW_CONSUMER: (SlowConsumerError, "this frontend fell too far behind the engine"),
 }
 

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from frontend.request import GenerateParams
+from frontend.structured import of_request
 from ipc.errors import InvalidParameterError, RequestError, TandemError
 
 MAX_PROMPTS: Final = 2048  # of one request
@@ -59,6 +60,11 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True):
     return_token_ids: bool | None = None
     prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None  # vLLM's names of old
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     best_of: int | None = None
 
     @property
@@ -169,9 +175,6 @@ def _text_of(content: str | list[ContentPart] | None) -> str:
 
 def _refuse_unsupported(request: SamplingFields) -> None:
     """What would change the answer but is not done is an error, never silently ignored."""
-    kind = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise InvalidParameterError(f"response_format {kind!r} is not supported, only 'text'", param="response_format")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidParameterError("prompt_logprobs are not available in a stream", param="prompt_logprobs")
     if request.best_of is not None and request.best_of != (request.n or 1):
@@ -181,7 +184,10 @@ def _refuse_unsupported(request: SamplingFields) -> None:
 
 
 def _common_params(request: SamplingFields) -> dict[str, Any]:
-    fields = {name: getattr(request, name, None) for name in GenerateParams.__dataclass_fields__ if name != "logprobs"}
+    own = GenerateParams.__dataclass_fields__.keys() - {"logprobs", "structured_outputs"}
+    fields = {name: getattr(request, name, None) for name in own}
+    guided = {name: getattr(request, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+    fields["structured_outputs"] = of_request(request.response_format, request.structured_outputs, guided)
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from frontend.structured import StructuredOutputs
 from ipc.errors import ContextLengthError, InvalidParameterError
 from ipc.schema import ModelCard, SamplingParams, pack_tokens
 
@@ -102,6 +103,7 @@ class GenerateParams:
     skip_special_tokens: bool = True
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # prompts of different salts share no cached prefix
+    structured_outputs: StructuredOutputs | None = None  # what each choice must match
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
@@ -117,6 +119,10 @@ class GenerateParams:
         _check_stop_token_ids(self.stop_token_ids)
         _check_logit_bias(self.logit_bias)
         _check_text("cache_salt", self.cache_salt, MAX_SALT_CHARS)
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise _invalid("structured_outputs", "a StructuredOutputs", self.structured_outputs)
+        if self.structured_outputs is not None and self.min_tokens > 0:
+            raise _invalid("min_tokens", "0 with structured output, which decides where the text ends", self.min_tokens)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

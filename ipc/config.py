@@ -65,6 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_seq_len=self.card.max_model_len,
             block_size=self.block_size,
             max_logprobs=self.card.max_logprobs,
+            vocab_size=self.card.vocab_size,
         )
 
     @property

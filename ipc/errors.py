@@ -46,6 +46,12 @@ class InvalidParameterError(RequestError):
     code = "invalid_parameter"
 
 
+class GrammarError(RequestError):
+    """What the output must match cannot be compiled or followed: wrong, unsupported, empty or too large."""
+
+    code = "invalid_grammar"
+
+
 class ContextLengthError(RequestError):
     """Prompt and completion do not fit the context or the KV cache; the message states both numbers."""
 
@@ -120,6 +126,7 @@ _BY_CODE: dict[str, type[TandemError]] = {
         TandemError,
         RequestError,
         InvalidParameterError,
+        GrammarError,
         ContextLengthError,
         ModelNotFoundError,
         OverloadedError,

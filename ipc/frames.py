@@ -11,6 +11,7 @@ What a plan means, in this order:
     block     block_table[slot, index] = block
     row       `query_len` tokens of one slot run at its position, which advances; every row samples one token
     score     a token of the step whose successor in the prompt is known: how probable was that one
+    grammar   the tokens that row `grammar_row` may sample: one bit of `grammar_word` for each id, lowest bit first
 A decode row (the first NUM_DECODE rows) is only its slot: its input token is last_token[slot], which stays on the GPU.
 A prefill row brings its tokens. A row whose `sample` is 0 ends inside the prompt: its token is ignored by everyone.
 """
@@ -34,6 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 NULL_BLOCK: Final = 0  # never allocated: padding rows write there
 SPARE_SCORES: Final = 32  # scores that a step has room for even when every slot runs
 MAX_BIAS: Final = 320  # rows of a slot's bias table: OpenAI allows 300 biases, the rest is for stop ids
+MAX_GRAMMAR_ROWS: Final = 128  # of one plan: a mask has a bit for each token of the vocabulary, 19 KB of 152k
 INVALID_TOKEN: Final = -1  # in a result: the row's logits were NaN
 _ALIGN: Final = 16
 
@@ -55,6 +57,8 @@ class PlanWord(IntEnum):
     MAX_QUERY_LEN = 11
     MAX_KV_LEN = 12  # longest position + query_len of any row
     NUM_SCORES = 13
+    NUM_GRAMMAR_ROWS = 14
+    NUM_GRAMMAR_WORDS = 15
     OFFSETS = 16  # byte offset of each column, in the order of PLAN_COLUMNS
 
 
@@ -68,6 +72,7 @@ class PlanFlag(IntFlag):
     BIAS = 8
     LOGPROBS = 16
     CONTINUES = 32  # work has been waiting since the previous plan: a gap before this step is a bubble
+    GRAMMAR = 64  # some row may sample only what its mask allows
 
 
 class Param(IntEnum):
@@ -111,6 +116,8 @@ _COLUMNS: Final[tuple[tuple[str, type, int, PlanWord], ...]] = (
     ("history_count", np.int32, 1, PlanWord.NUM_HISTORY),  # bit 0: in the prompt; count << 1: times generated
     ("score_index", np.int32, 1, PlanWord.NUM_SCORES),  # which token of the step, decode rows counted
     ("score_token", np.int32, 1, PlanWord.NUM_SCORES),  # the one that follows it in the prompt
+    ("grammar_row", np.int32, 1, PlanWord.NUM_GRAMMAR_ROWS),
+    ("grammar_word", np.int32, 1, PlanWord.NUM_GRAMMAR_WORDS),  # grammar rows x mask words
 )
 PLAN_COLUMNS: Final = tuple(name for name, *_ in _COLUMNS)
 _HEADER_BYTES: Final = (int(PlanWord.OFFSETS) + len(_COLUMNS) + 7) // 8 * 64
@@ -129,6 +136,16 @@ class FrameLimits:
     max_seq_len: int  # tokens of one request
     block_size: int
     max_logprobs: int
+    vocab_size: int = 0  # 0: no plan has grammar rows
+
+    @property
+    def max_grammar_rows(self) -> int:
+        return min(self.max_rows, MAX_GRAMMAR_ROWS)
+
+    @property
+    def mask_words(self) -> int:
+        """int32 words of one row's grammar mask."""
+        return -(-self.vocab_size // 32)
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -162,6 +179,8 @@ class FrameLimits:
             PlanWord.NUM_BIAS: self.max_plan_bias,
             PlanWord.NUM_HISTORY: self.max_plan_history,
             PlanWord.NUM_SCORES: self.max_results,
+            PlanWord.NUM_GRAMMAR_ROWS: self.max_grammar_rows,
+            PlanWord.NUM_GRAMMAR_WORDS: self.max_grammar_rows * self.mask_words,
         }
         return _HEADER_BYTES + sum(_aligned(4 * width * counts[word]) for _, _, width, word in _COLUMNS)
 
@@ -202,6 +221,9 @@ class Plan:
     # [scores]
     score_index: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
     score_token: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    # [grammar rows], [grammar rows * mask words]
+    grammar_row: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    grammar_word: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_rows(self) -> int:

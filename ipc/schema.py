@@ -24,6 +24,7 @@ from ipc.errors import ProtocolError
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 64 << 20
+MAX_GRAMMAR_CHARS: Final = 1 << 18
 HEARTBEAT_S: Final = 1.0  # each frontend sends one; silence of HEARTBEAT_LIMIT_S means it is gone
 HEARTBEAT_LIMIT_S: Final = 10.0
 BUBBLE_NS: Final = 20_000  # a stream takes a few us from one queued step to the next; that is not waiting for a host
@@ -40,6 +41,7 @@ class FinishReason(IntEnum):
     INVALID_LOGITS = 4  # the model produced NaN; carries no token
     SLOW_CONSUMER = 5  # its frontend did not read; carries no token
     CRASHED = 6  # the executor crashed twice in a row in a step of it; carries no token
+    INVALID_GRAMMAR = 7  # its grammar ran into a limit or a dead end; carries no token
 
 
 class Message(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
@@ -115,6 +117,7 @@ class Admit(Message, frozen=True, tag="admit"):
     output: bytes = b""  # packed int32: tokens already received, when a request is replayed to a new scheduler
     replay: bool = False  # it was admitted before, by a scheduler that died: limits on new requests do not apply
     scored: int = 0  # in a replay: leading prompt positions whose log-probabilities were received
+    grammar: str = ""  # what the output must match, as llguidance takes it; empty: anything
 
 
 class Abort(Message, frozen=True, tag="abort"):

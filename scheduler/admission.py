@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ipc.errors import ContextLengthError, InvalidParameterError, RequestError
+from ipc.errors import ContextLengthError, GrammarError, InvalidParameterError, RequestError
 from ipc.frames import MAX_BIAS
-from ipc.schema import ModelCard, SamplingParams
+from ipc.schema import MAX_GRAMMAR_CHARS, ModelCard, SamplingParams
 
 _INT32: Final = (-(2**31), 2**31 - 1)
 _INT64: Final = (-(2**63), 2**63 - 1)
@@ -70,6 +70,17 @@ def check_tokens(tokens: npt.NDArray[np.int32], card: ModelCard) -> None:
     if low < 0 or high >= card.vocab_size:
         raise InvalidParameterError(
             f"token id {low if low < 0 else high} is outside the vocabulary 0..{card.vocab_size - 1}", param="prompt"
+        )
+
+
+def check_grammar(grammar: str, params: SamplingParams) -> None:
+    """Raise a typed error for a grammar that is too long, or that min_tokens could leave without any token."""
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise GrammarError(f"the grammar has {len(grammar)} characters, the limit is {MAX_GRAMMAR_CHARS}")
+    if grammar and params.min_tokens > 0:
+        raise InvalidParameterError(
+            f"min_tokens is {params.min_tokens}; with a grammar, which decides where the output ends, it must be 0",
+            param="min_tokens",
         )
 
 

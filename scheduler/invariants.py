@@ -17,7 +17,7 @@ def take_invariants(state: SchedulerState, peers: PeerTable, plans: Ring, result
         violations=_violations(state),
         requests=len(state.requests),
         running=len(slots.running),
-        waiting=len(state.queue),
+        waiting=state.num_waiting,
         slots_total=state.limits.max_rows,
         slots_free=slots.num_free,
         blocks_total=pool.capacity,

@@ -23,7 +23,7 @@ from ipc.auth import Gatekeeper
 from ipc.clock import now_ns
 from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
-from ipc.errors import ProtocolError, TandemError
+from ipc.errors import GrammarError, ProtocolError, TandemError
 from ipc.fault import read_fault
 from ipc.frames import Result, read_result, write_plan
 from ipc.ring import RingReader, RingWriter
@@ -57,11 +57,12 @@ from ipc.schema import (
     encode,
 )
 from ipc.sockets import bind_router
+from scheduler.grammar import GrammarWorker
 from scheduler.invariants import take_invariants
 from scheduler.outbox import MAX_BACKLOG_ROWS
 from scheduler.peers import Peer, PeerTable
 from scheduler.planner import make_plan
-from scheduler.request import Request
+from scheduler.request import Request, State
 from scheduler.retire import Delivery, retire
 from scheduler.state import SchedulerState
 from scheduler.stats_line import StatsLine
@@ -96,6 +97,8 @@ class Loop:
         if config.frontend_endpoint:
             self.gatekeeper = Gatekeeper(context, Path(config.auth_keys))
             self.tcp_endpoint = self.gatekeeper.bind(self.frontends, config.frontend_endpoint)
+        self.grammar_bell = Doorbell.create()
+        self.grammars = GrammarWorker(config.card, self.grammar_bell)
         self.stop_bell = Doorbell.create()
         self.stopping = False
         self.last_result_ns = 0
@@ -104,7 +107,7 @@ class Loop:
         self.stats_line = StatsLine(now_ns())
         self.stuck_epoch = -1  # the last one reported
         self.poller = zmq.Poller()
-        for waitable in (self.result_bell.fd, self.stop_bell.fd, self.frontends, self.control):
+        for waitable in (self.result_bell.fd, self.grammar_bell.fd, self.stop_bell.fd, self.frontends, self.control):
             self.poller.register(waitable, zmq.POLLIN)
         if self.gatekeeper is not None:
             self.poller.register(self.gatekeeper.socket, zmq.POLLIN)
@@ -115,9 +118,11 @@ class Loop:
             self.poller.poll(int(HEARTBEAT_S * 1e3))
             self.result_bell.drain()
             self.take_results()
+            self.exchange_masks()
             self.plan_ahead()
             self.deliver()
             self.take_messages()
+            self.exchange_masks()
             self.plan_ahead()
             self.state.register_new_blocks()
             self.keep_house()
@@ -164,6 +169,30 @@ class Loop:
         return self.state.attached and (
             self.state.seq > self.inherited_seq or self.plan_ring.acked >= self.inherited_seq
         )
+
+    def exchange_masks(self) -> None:
+        """Ask for the grammar masks that are missing, and let the rows go on whose masks have come."""
+        if self.state.masks_wanted:
+            self.grammars.submit(self.state.masks_wanted)
+            self.state.masks_wanted = []
+        for request, outcome in self.grammars.take():
+            if request.state is State.DONE:
+                continue
+            if isinstance(outcome, GrammarError):
+                self._fail_grammar(request, outcome)
+            else:
+                self.state.mask_arrived(request, outcome)
+
+    def _fail_grammar(self, request: Request, error: GrammarError) -> None:
+        self.state.finish(request)
+        peer = self.peers.get(request.peer)
+        assert peer is not None, f"a request of frontend {request.peer} outlived it"
+        if request.started_ns:  # tokens may still be on their way: the end comes after them
+            self.state.counters.requests_finished["invalid_grammar"] += 1
+            peer.outbox.add_end([request.request_id], FinishReason.INVALID_GRAMMAR)
+        else:
+            self.state.counters.requests_rejected += 1
+            self._reply(peer, Rejected(request.request_id, error.code, error.message))
 
     # -- to frontends
 
@@ -427,7 +456,7 @@ class Loop:
         return Stats(
             epoch=state.epoch,
             running=len(state.slots.running),
-            waiting=len(state.queue),
+            waiting=state.num_waiting,
             inflight=len(state.inflight),
             blocks_total=state.pool.capacity,
             blocks_free=state.pool.num_free,

@@ -20,12 +20,12 @@ from scheduler.admission import forbidden_ids
 from scheduler.inflight import PlanRecord
 from scheduler.metrics import observe_start
 from scheduler.request import Request
+from scheduler.slots import SlotTable
 from scheduler.state import SchedulerState
 
 Int32 = npt.NDArray[np.int32]
 _EMPTY: Final = np.empty(0, np.int32)
 _FOREVER: Final = 2**31 - 1
-MAX_ADMITS: Final = 32  # in one plan: each costs 20 us, and a burst of them must not outlast the step in flight
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class _Draft:
 
     budget: int  # tokens left
     results: int  # rows and scores left
+    grammar_room: int  # rows with a grammar that may still come in
     prefill_slots: list[int] = field(default_factory=list)
     prefill_lens: list[int] = field(default_factory=list)
     block_columns: list[Int32] = field(default_factory=list)  # [3, n] each: slot, index, block
@@ -59,7 +60,8 @@ def make_plan(state: SchedulerState) -> Plan | None:
 
     Call only while fewer than `pipeline_depth` plans are in flight.
     """
-    draft = _Draft(budget=state.limits.max_tokens, results=state.limits.max_results)
+    limits = state.limits
+    draft = _Draft(budget=limits.max_tokens, results=limits.max_results, grammar_room=limits.max_grammar_rows)
     preemptions = state.counters.preemptions
     if (head := state.queue.head()) is not None and head.strikes and state.on_trial is None:
         _admit_suspect(state, draft, head)
@@ -88,6 +90,7 @@ def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
         running = _eligible(state)
         computed = slots.computed[running]
         ready = (computed >= slots.prefill_end[running]) & (computed + 1 < slots.limit[running])
+        ready &= _may_sample(slots, running, draft.grammar_room)
         decode = running[ready][: draft.budget]
         need = decode[slots.num_blocks[decode] * block_size <= slots.computed[decode]]
         if len(need) <= state.pool.num_free:
@@ -101,7 +104,14 @@ def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
         draft.add_blocks(need, index, blocks)
     draft.budget -= len(decode)
     draft.results -= len(decode)
+    draft.grammar_room -= int(np.count_nonzero(slots.constrained[decode]))
     return decode
+
+
+def _may_sample(slots: SlotTable, running: Int32, grammar_room: int) -> npt.NDArray[np.bool_]:
+    """Which rows [running] may sample: all without a grammar, and as many as there is room for whose mask is there."""
+    runnable, constrained = slots.runnable[running], slots.constrained[running]
+    return runnable & (~constrained | (np.cumsum(runnable & constrained) <= grammar_room))
 
 
 def _victim(state: SchedulerState) -> Request:
@@ -128,6 +138,7 @@ def _add_prefill(state: SchedulerState, draft: _Draft, slot: int) -> None:
     draft.prefill_slots.append(slot)
     draft.prefill_lens.append(n)
     draft.budget -= n
+    draft.grammar_room -= int(state.slots.constrained[slot])
 
 
 def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
@@ -135,12 +146,13 @@ def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
     for slot in running[slots.computed[running] < slots.prefill_end[running]].tolist():
         if draft.is_full:
             break
-        _add_prefill(state, draft, slot)
+        if draft.grammar_room or not slots.constrained[slot]:
+            _add_prefill(state, draft, slot)
 
 
 def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
     """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
-    while not draft.is_full and len(draft.admits) < MAX_ADMITS and (request := state.queue.head()) is not None:
+    while not draft.is_full and (request := state.queue.head()) is not None:
         if not _admit(state, draft, request):
             break
 
@@ -158,6 +170,7 @@ def _admit(state: SchedulerState, draft: _Draft, request: Request) -> bool:
         or draft.num_blocks + total > limits.max_plan_blocks
         or draft.num_bias + bias > limits.max_plan_bias
         or draft.num_history + history > limits.max_plan_history
+        or (request.grammar and not draft.grammar_room)
     ):
         return False
     _place(state, draft, state.queue.pop(), hit, total)
@@ -223,6 +236,10 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
     scores = _score_columns(state, draft, len(decode)) if draft.scores else _NO_SCORES
     if draft.scores:
         flags |= PlanFlag.LOGPROBS
+    grammar_row = np.flatnonzero(sample & slots.constrained[row_slot]).astype(np.int32)
+    if len(grammar_row):
+        flags |= PlanFlag.GRAMMAR
+        slots.runnable[row_slot[grammar_row]] = False  # until the mask after the token that this step samples
     state.seq += 1
     state.histograms.observe(Distribution.STEP_TOKENS, state.limits.max_tokens - draft.budget)
     plan = Plan(
@@ -241,6 +258,8 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         block_id=blocks[2],
         score_index=scores[0],
         score_token=scores[1],
+        grammar_row=grammar_row,
+        grammar_word=_masks(state, row_slot[grammar_row]),
         **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
     )
     slots.computed[row_slot] += query_len
@@ -268,6 +287,12 @@ def _score_columns(state: SchedulerState, draft: _Draft, num_decode: int) -> Int
         index = row_start[row] + np.arange(first, last) - slots.computed[slot]
         parts.append(np.stack((index, slots.tokens[slot, first + 1 : last + 1], np.full(last - first, slot))))
     return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+def _masks(state: SchedulerState, slot: Int32) -> Int32:
+    """The masks of rows [rows], one after the other."""
+    masks = [request.mask for s in slot.tolist() if (request := state.slots.request[s]) is not None]
+    return np.concatenate(masks) if masks else _EMPTY
 
 
 def _seal(state: SchedulerState, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from ipc.schema import SamplingParams
 
 
 class State(Enum):
+    PREPARING = auto()  # waits for the mask of its next token, outside the queue: nobody waits behind it
     WAITING = auto()  # in the queue, new or preempted; `tokens` is all there is
     RUNNING = auto()  # owns a slot; the slot's row of tokens is the truth
     DONE = auto()
@@ -33,6 +35,9 @@ class Request:
     tokens: npt.NDArray[np.int32]  # [known], prompt and output; current only while WAITING
     features: PlanFlag
     stop_ids: frozenset[int]  # beyond the model's own end of sequence
+    grammar: str = ""  # what its output must match; empty: anything
+    matcher: Any = None  # of the grammar worker, which alone touches it; it has seen every known output token
+    mask: npt.NDArray[np.int32] | None = None  # [mask words]: what the next token may be; None: not known yet
     chain: list[bytes] = field(default_factory=list)  # hashes of its full blocks so far
     scored: int = 0  # leading prompt positions whose scores were delivered
     state: State = State.WAITING
@@ -48,6 +53,10 @@ class Request:
     def num_scores(self) -> int:
         """Prompt positions to score in all: the last one's successor is sampled."""
         return self.prompt_len - 1 if self.params.prompt_logprobs >= 0 else 0
+
+    @property
+    def awaits_mask(self) -> bool:
+        return bool(self.grammar) and self.mask is None
 
     @property
     def order(self) -> tuple[bool, int, int]:

@@ -46,6 +46,7 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     rows = np.flatnonzero(alive)
     slot, token = record.slots[rows], result.token[rows]
     finish = _append(state, slot, token)
+    _want_masks(state, slot[finish == FinishReason.RUNNING])
     observe_tokens(state.histograms, slots, slot, now_ns())
     score_rows, scored = _score(state, record)
     delivery = Delivery(
@@ -82,6 +83,15 @@ def _score(state: SchedulerState, record: PlanRecord) -> tuple[npt.NDArray[np.in
         assert request is not None, f"slot {slot} was scored for no one"
         request.scored += int(count)
     return alive + len(record.slots), scored
+
+
+def _want_masks(state: SchedulerState, slot: npt.NDArray[np.int32]) -> None:
+    """Rows [rows] with a grammar go on once the mask of their next token is there."""
+    for s in slot[state.slots.constrained[slot]].tolist():
+        request = state.slots.request[s]
+        assert request is not None
+        request.mask = None
+        state.masks_wanted.append((request, [int(state.slots.tokens[s, state.slots.known[s] - 1])]))
 
 
 def _append(state: SchedulerState, slot: npt.NDArray[np.int32], token: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:

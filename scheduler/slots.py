@@ -30,6 +30,8 @@ class SlotTable:
         self.generation = np.zeros(n, np.int64)  # counts owners: a result for an earlier one is dropped
         self.features = np.zeros(n, np.int32)  # PlanFlag
         self.eos_stops = np.zeros(n, np.bool_)
+        self.constrained = np.zeros(n, np.bool_)  # has a grammar
+        self.runnable = np.zeros(n, np.bool_)  # False while the mask of its next token is awaited
         self.has_stop_ids = np.zeros(n, np.bool_)
         self.num_logprobs = np.zeros(n, np.int32)
         self.peer = np.zeros(n, np.int32)
@@ -56,7 +58,9 @@ class SlotTable:
         self.num_blocks[slot] = len(blocks)
         self.registered[slot] = computed // self.block_size
         self.features[slot] = int(request.features)
-        self.eos_stops[slot] = not request.params.ignore_eos
+        self.constrained[slot] = bool(request.grammar)
+        self.runnable[slot] = True
+        self.eos_stops[slot] = not request.params.ignore_eos or bool(request.grammar)  # nothing follows its end
         self.has_stop_ids[slot] = bool(request.stop_ids)
         self.num_logprobs[slot] = request.params.logprobs
         self.peer[slot] = request.peer

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from ipc.clock import now_ns
 from ipc.config import EngineConfig
@@ -16,7 +17,7 @@ from ipc.errors import OverloadedError, RequestError, UnavailableError
 from ipc.frames import FrameLimits
 from ipc.histograms import Histograms
 from ipc.schema import Admit, FinishReason, unpack_tokens
-from scheduler.admission import check_lengths, check_params, check_tokens
+from scheduler.admission import check_grammar, check_lengths, check_params, check_tokens
 from scheduler.blocks import BlockPool
 from scheduler.inflight import PlanRecord
 from scheduler.metrics import Counters, observe_end
@@ -39,6 +40,8 @@ class SchedulerState:
         self.counters = Counters()
         self.histograms = Histograms()
         self.requests: dict[tuple[int, int], Request] = {}  # (peer, request_id) -> open request
+        self.preparing: set[Request] = set()
+        self.masks_wanted: list[tuple[Request, list[int]]] = []  # output tokens not matched yet, for the loop to submit
         self.started: list[tuple[int, int, int]] = []  # (peer, request_id, cached tokens), until the next delivery
         self.epoch = 0
         self.attached = False
@@ -68,6 +71,7 @@ class SchedulerState:
         prompt, output = unpack_tokens(message.prompt), unpack_tokens(message.output)
         check_params(params, self.config.card, len(prompt))
         check_lengths(params, len(prompt), len(output), self.max_seq_len)
+        check_grammar(message.grammar, params)
         tokens = np.concatenate((prompt, output))
         check_tokens(tokens, self.config.card)
         self._arrivals += 1
@@ -90,12 +94,15 @@ class SchedulerState:
             features=features_of(params),
             stop_ids=frozenset(params.stop_token_ids),
             scored=message.scored,
+            grammar=message.grammar,
         )
         if not 0 <= request.scored <= request.num_scores:
             raise RequestError(f"{request.scored} prompt tokens were scored already, {request.num_scores} can be")
         self._hash(request, len(tokens))
         self.requests[peer, request.request_id] = request
-        self.queue.push(request)
+        if request.grammar:
+            self.masks_wanted.append((request, output.tolist()))
+        self._enqueue(request)
         self.counters.prompt_tokens += 0 if message.replay else len(prompt)
         return request
 
@@ -103,8 +110,8 @@ class SchedulerState:
         """Raise a typed error while no new request is taken; one that a dead scheduler took is past this."""
         if self.draining:
             raise UnavailableError("the engine is shutting down and takes no new requests")
-        if len(self.queue) >= self.config.max_num_queued_reqs:
-            raise OverloadedError(f"{len(self.queue)} requests wait, the limit is {self.config.max_num_queued_reqs}")
+        if self.num_waiting >= self.config.max_num_queued_reqs:
+            raise OverloadedError(f"{self.num_waiting} requests wait, the limit is {self.config.max_num_queued_reqs}")
 
     def abort(self, peer: int, request_id: int) -> bool:
         """End a request now, wherever it is; its rows in flight are ignored. False if it is not open."""
@@ -129,8 +136,32 @@ class SchedulerState:
         if request.state is State.RUNNING:
             self._vacate(request)
             request.state = State.DONE
+        elif request.state is State.PREPARING:
+            self.preparing.remove(request)
+            request.state = State.DONE
         else:
             self.queue.remove(request)
+
+    def _enqueue(self, request: Request) -> None:
+        """Let it wait for a slot; a request that awaits its mask does so outside the queue."""
+        if request.awaits_mask:
+            request.state = State.PREPARING
+            self.preparing.add(request)
+        else:
+            self.queue.push(request)
+
+    def mask_arrived(self, request: Request, mask: npt.NDArray[np.int32]) -> None:
+        """The request may go on, wherever it is."""
+        request.mask = mask
+        if request.state is State.RUNNING:
+            self.slots.runnable[request.slot] = True
+        elif request.state is State.PREPARING:
+            self.preparing.remove(request)
+            self.queue.push(request)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + len(self.preparing)
 
     def requests_of(self, peer: int) -> list[Request]:
         return [request for (owner, _), request in self.requests.items() if owner == peer]
@@ -144,7 +175,7 @@ class SchedulerState:
         and the position, so the dropped token is sampled again.
         """
         self._vacate(request)
-        self.queue.push(request)
+        self._enqueue(request)
         self.counters.preemptions += 1
 
     def _vacate(self, request: Request) -> None:
@@ -178,7 +209,7 @@ class SchedulerState:
         for slot in running[full > slots.registered[running]].tolist():
             self.register_blocks(slot)
 
-    def is_eos(self, tokens: np.typing.NDArray[np.int32]) -> np.typing.NDArray[np.bool_]:
+    def is_eos(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Which of `tokens` [n] end a sequence; INVALID_TOKEN does not."""
         return self._is_eos[tokens]
 
@@ -214,7 +245,7 @@ class SchedulerState:
                 request.strikes += 1
                 # One token of a prefill row and one of a decode row: whichever kernel it crashed, it would again.
                 request.alone_until = min(len(request.tokens) + 2, request.limit)
-            self.queue.push(request)
+            self._enqueue(request)
         self.pool = BlockPool(1)
         self.was_idle = True
         return [request for request in self.requests.values() if request.strikes > 1]
@@ -242,6 +273,6 @@ class SchedulerState:
         assert len(slots.running) + slots.num_free == self.limits.max_rows, "a slot is neither free nor running"
         running = [slots.request[s] for s in slots.running.tolist()]
         assert all(r is not None and r.state is State.RUNNING for r in running), "a slot runs for no one"
-        assert len(running) + len(self.queue) == len(self.requests), "a request is neither running nor waiting"
+        assert len(running) + self.num_waiting == len(self.requests), "a request is neither running nor waiting"
         assert all(slots.computed[s] <= slots.num_blocks[s] * block_size for s in slots.running), "tokens without block"
         assert len(self.inflight) <= self.config.pipeline_depth, "more plans in flight than the depth"

@@ -58,7 +58,7 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 def test_every_parameter_arrives() -> None:
-    assert set(EVERY_FIELD) == set(GenerateParams.__dataclass_fields__) - {"logprobs"}
+    assert set(EVERY_FIELD) == set(GenerateParams.__dataclass_fields__) - {"logprobs", "structured_outputs"}
     expected = {**EVERY_FIELD, "logit_bias": {5: 1.5}}
     for params in (completion_params(completion(**EVERY_FIELD)), chat_params(chat(**EVERY_FIELD))):
         assert {name: getattr(params, name) for name in EVERY_FIELD} == expected

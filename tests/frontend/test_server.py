@@ -271,7 +271,7 @@ BAD_BODIES = [
     (b'{"prompt": "a", "stream_options": 3}', "stream_options"),
     (b'{"prompt": "a", "suffix": "b"}', "suffix"),
     (b'{"prompt": "a", "best_of": 3}', "best_of"),
-    (b'{"prompt": "a", "response_format": {"type": "json_object"}}', "response_format"),
+    (b'{"prompt": "a", "response_format": {"type": "xml"}}', "response_format"),
     (b'{"prompt": "a", "prompt_logprobs": 1, "stream": true}', "prompt_logprobs"),
     (b'{"prompt": "a", "prompt_logprobs": 1000}', "prompt_logprobs"),
 ]

@@ -24,7 +24,7 @@ from ipc.frames import (
 )
 from ipc.schema import Abort, Admit, SamplingParams, Tokens, decode_frontend, decode_scheduler, encode, unpack_tokens
 
-LIMITS = FrameLimits(max_rows=8, max_tokens=32, max_seq_len=64, block_size=4, max_logprobs=3)
+LIMITS = FrameLimits(max_rows=8, max_tokens=32, max_seq_len=64, block_size=4, max_logprobs=3, vocab_size=33)
 
 
 @given(st.binary(max_size=200))
@@ -64,9 +64,12 @@ def random_plan(rng: np.random.Generator, rows: int, prefill: int, blocks: int, 
 
     sizes = {"row": rows, "prefill": prefill, "block": blocks, "admit": admits, "bias": extras, "history": extras}
     sizes["score"] = rows
+    sizes["grammar"] = 0
     columns = {name: column(sizes[name.split("_")[0]]) for name in PLAN_COLUMNS}
     columns["admit_params"] = column(admits * Param.COUNT).reshape(admits, Param.COUNT)
     columns["bias_value"] = rng.random(extras, np.float32)
+    columns["grammar_row"] = column(extras % (LIMITS.max_grammar_rows + 1))
+    columns["grammar_word"] = column(len(columns["grammar_row"]) * LIMITS.mask_words)
     return Plan(7, 3, PlanFlag.SAMPLE | PlanFlag.CONTINUES, rows, 5, 60, **columns)  # type: ignore[arg-type]
 
 

@@ -6,15 +6,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from ipc.config import EngineConfig
 from ipc.frames import Plan, Result
 from ipc.schema import Admit, FinishReason, ModelCard, SamplingParams, pack_tokens
 from scheduler.planner import make_plan
-from scheduler.request import Request
+from scheduler.request import Request, State
 from scheduler.retire import retire
 from scheduler.state import SchedulerState
-from tests.scheduler.simulated_gpu import EOS, VOCAB, SimulatedGpu
+from tests.scheduler.simulated_gpu import EOS, VOCAB, SimulatedGpu, allowed_tokens
 
 
 def tiny_config(**changes: object) -> EngineConfig:
@@ -44,6 +45,7 @@ class Pipeline:
         self.queued: deque[tuple[Plan, set[int]]] = deque()  # planned, not yet run
         self.done: deque[Result] = deque()  # run, not yet retired
         self.asked: dict[int, Admit] = {}  # what a frontend keeps for a replay
+        self.grammar_rows = 0
         self.attach()
 
     def attach(self) -> None:
@@ -56,9 +58,12 @@ class Pipeline:
         for request in self.state.executor_attached(self.state.epoch + 1, self.config.num_blocks):
             raise AssertionError(f"request {request.request_id} no longer fits")
 
-    def admit(self, request_id: int, prompt: list[int], peer: int = 0, salt: str = "", **params: object) -> Request:
+    def admit(
+        self, request_id: int, prompt: list[int], peer: int = 0, salt: str = "", grammar: str = "", **params: object
+    ) -> Request:
         sampling = SamplingParams(temperature=0.0, **params)  # type: ignore[arg-type]
-        message = self.asked[request_id] = Admit(request_id, pack_tokens(prompt), sampling, cache_salt=salt)
+        message = Admit(request_id, pack_tokens(prompt), sampling, cache_salt=salt, grammar=grammar)
+        self.asked[request_id] = message
         request = self.state.admit(peer, message)
         self.outcomes[request_id] = Outcome()
         return request
@@ -84,6 +89,7 @@ class Pipeline:
         plan = make_plan(self.state)
         self.state.pool.allocate = allocate  # type: ignore[method-assign]
         if plan is not None:
+            self.grammar_rows += len(plan.grammar_row)
             self.queued.append((plan, cached))
         self.state.register_new_blocks()
         self.state.check()
@@ -93,6 +99,18 @@ class Pipeline:
         if not self.queued:
             return False
         self.done.append(self.gpu.run(*self.queued.popleft()))
+        return True
+
+    def match(self) -> bool:
+        """Bring the mask that was asked for first, as the grammar worker would."""
+        if not self.state.masks_wanted:
+            return False
+        request, tokens = self.state.masks_wanted.pop(0)
+        request.matcher = [*(request.matcher or []), *tokens]
+        if request.state is not State.DONE:
+            bits = sum(1 << token for token in allowed_tokens(request.grammar, request.matcher))
+            self.state.mask_arrived(request, np.array([bits], np.int32))
+        self.state.check()
         return True
 
     def retire(self) -> bool:
@@ -142,7 +160,7 @@ class Pipeline:
     def drain(self, steps: int = 10_000) -> None:
         """Run to the end, one move of each kind at a time."""
         for _ in range(steps):
-            if not (self.plan() | self.run() | self.retire()):
+            if not (self.match() | self.plan() | self.run() | self.retire()):
                 break
         assert not self.state.requests, "requests are left and nothing moves"
         assert self.state.pool.num_free == self.state.pool.capacity, "blocks leaked"

@@ -5,6 +5,8 @@ It checks what no model could: that a decode row finds its carry-over, and that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ipc.frames import FrameLimits, Param, Plan, Result, read_plan, write_plan
@@ -13,19 +15,33 @@ VOCAB = 29
 EOS = 0
 
 
-def next_token(context: list[int]) -> int:
-    """The model: the next token is a function of the whole context; about one in 29 is the end of the sequence."""
+def _digest(tokens: list[int]) -> int:
     digest = 1469598103
-    for token in context:
+    for token in tokens:
         digest = ((digest ^ (token + 7)) * 16777619) & 0xFFFFFFFF
-    return (digest >> 8) % VOCAB
+    return digest >> 8
 
 
-def sequential_oracle(prompt: list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
+def next_token(context: list[int], allowed: Sequence[int] = range(VOCAB)) -> int:
+    """The model: the next token is a function of the whole context; about one in 29 is the end of the sequence."""
+    return allowed[_digest(context) % len(allowed)]
+
+
+def allowed_tokens(grammar: str, output: list[int]) -> Sequence[int]:
+    """A grammar: what may come next is a function of all that came, and seldom the end of the sequence."""
+    if not grammar:
+        return range(VOCAB)
+    digest = _digest([*grammar.encode(), *output])
+    return [token for token in range(VOCAB) if (digest >> token % 16) % 7 == 0] or [EOS]
+
+
+def sequential_oracle(
+    prompt: list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset(), grammar: str = ""
+) -> list[int]:
     """What a request must produce, computed alone and in order."""
     context, output = list(prompt), list[int]()
     while len(output) < max_tokens:
-        token = next_token(context)
+        token = next_token(context, allowed_tokens(grammar, output))
         context.append(token)
         output.append(token)
         if token == EOS or token in stop_ids:
@@ -67,10 +83,13 @@ class SimulatedGpu:
                 self.kv[block][offset] = token
                 ran.append((slot, self.position[slot]))
                 self.position[slot] += 1
-        for slot, sample in zip(plan.row_slot.tolist(), plan.row_sample.tolist(), strict=True):
+        words = plan.grammar_word.reshape(-1, 1)  # VOCAB is below 32
+        masks = dict(zip(plan.grammar_row.tolist(), words.tolist(), strict=True))
+        for row, (slot, sample) in enumerate(zip(plan.row_slot.tolist(), plan.row_sample.tolist(), strict=True)):
             if sample:  # all writes of a step come before its reads, as in every layer of a model
                 context = [self._read(slot, p) for p in range(self.position[slot])]
-                self.last_token[slot] = next_token(context)
+                allowed = [t for t in range(VOCAB) if masks[row][0] >> t & 1] if row in masks else range(VOCAB)
+                self.last_token[slot] = next_token(context, allowed)
             tokens.append(self.last_token[slot] if sample else 1)
         predicted = []
         for index, token in zip(plan.score_index.tolist(), plan.score_token.tolist(), strict=True):

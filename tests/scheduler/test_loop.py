@@ -33,6 +33,7 @@ from ipc.schema import (
     Hello,
     Invariants,
     Message,
+    ModelCard,
     Rejected,
     SamplingParams,
     SchedulerReady,
@@ -132,9 +133,11 @@ class Bench:
         """One round of the loop, with the executor's answers in between."""
         loop = self.loop
         loop.take_results()
+        loop.exchange_masks()
         loop.plan_ahead()
         loop.deliver()
         loop.take_messages()
+        loop.exchange_masks()
         loop.plan_ahead()
         loop.keep_house()
         while self.answering and (payload := self.plans.poll()) is not None:
@@ -427,4 +430,28 @@ def test_invariants_are_told_only_with_debug_endpoints(tmp_path: Path) -> None:
     bench.loop.state.pool.num_free -= 1
     peer.send(GetInvariants())
     assert len(peer.receive(Invariants).violations) == 2
+    bench.close()
+
+
+def test_grammars_hold_back_their_own_rows_only_and_end_them_when_they_cannot_go_on(tmp_path: Path) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    demo = Path(__file__).resolve().parents[2] / "models" / "demo"
+    bench = Bench(tmp_path, card=ModelCard("demo", str(demo), 64, 2048, (0, 2), 4))
+    bench.attach()
+    peer = bench.frontend_peer()
+
+    def with_grammar(request_id: int, lark: str) -> Admit:
+        grammar = llguidance.LLMatcher.grammar_from_lark(lark)
+        return msgspec.structs.replace(admit(request_id, 9), grammar=grammar)
+
+    peer.send(with_grammar(1, "start: undefined"), with_grammar(2, "start: <[5]> <[5]> <[7]>"), admit(3, 20))
+    rejected = peer.receive(Rejected)
+    assert (rejected.request_id, rejected.code) == (1, "invalid_grammar")
+    found = receive_rows(peer, 24)
+    assert [row for row in found if row[0] == 3] == [(3, 5, 0)] * 19 + [(3, 5, int(FinishReason.LENGTH))]
+    # The executor answers 5 to everything, and so breaks the grammar with the third token.
+    assert [row for row in found if row[0] == 2] == [(2, 5, 0)] * 3 + [(2, -1, int(FinishReason.INVALID_GRAMMAR))]
+    stats = peer.stats()
+    assert (stats.running, stats.waiting, stats.requests_rejected) == (0, 0, 1)
+    assert stats.requests_finished["invalid_grammar"] == 1
     bench.close()
