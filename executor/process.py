@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from executor.compilation import stop_compiling
+from executor.compile_watch import CompileWatch
 from executor.inputs import PlanHeader
 from executor.lanes import Lanes, StepTimes, open_streams
 from executor.model import choose_num_blocks, compile_model, load_model, optimize_model
+from executor.phases import Phases
+from executor.profile import read_profile
 from executor.sampler import Sampler
 from executor.slot_state import SlotState
 from executor.step import StepRunner
@@ -51,25 +54,6 @@ def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | Non
         return executor.serve()
 
 
-class Phases:
-    """How long each part of the start took."""
-
-    def __init__(self, started_s: float) -> None:
-        self._started_s = self._last_s = started_s
-        self._taken: list[str] = []
-
-    def end(self, phase: str) -> None:
-        now = now_s()
-        self._taken.append(f"{phase} {now - self._last_s:.1f} s")
-        self._last_s = now
-
-    def report(self, description: str) -> None:
-        total = self._last_s - self._started_s
-        print(
-            f"executor: {description}; ready in {total:.1f} s ({', '.join(self._taken)})", file=sys.stderr, flush=True
-        )
-
-
 class Executor:
     """Everything between the two rings: the step runner, the lanes, and the loop that connects them."""
 
@@ -79,13 +63,14 @@ class Executor:
         self._fault = read_fault("executor", channels.epoch)
         self._error: BaseException | None = None
         self._device = open_device(config, channels.rank)
+        self._profile = read_profile(self._device)
+        self._watch = CompileWatch()
         self._streams = open_streams(self._device)
         # Memory freed on one stream is not reused on another, so the start happens where the steps will.
         with self._streams.on(self._streams.compute):
             self._runner = self._load(config, phases)
             if self._device.type == "cuda":
-                self._warm_up(config)
-                phases.end("capture")
+                self._warm_up(config, phases)
             if config.compile:
                 stop_compiling()
         self._lanes = Lanes(
@@ -119,28 +104,36 @@ class Executor:
         self.description = ", ".join((made, *model.notes))
         return runner
 
-    def _warm_up(self, config: EngineConfig) -> None:
+    def _warm_up(self, config: EngineConfig, phases: Phases) -> None:
         """Compile, capture and pin everything, so that serving does none of it."""
         for plan in warmup_plans(self._limits):
             self._runner.run_alone(plan, self._limits)
+        torch.cuda.synchronize(self._device)
+        phases.end("warm-up")
         if not config.enforce_eager:
             self._runner.capture(self._limits, self._streams.compute)
         for ring in (self._wire.plans, self._wire.results):
             pin(ring.memory)
         torch.cuda.synchronize(self._device)
+        phases.end("CUDA graphs")
 
     def serve(self) -> int:
         """Launch plans until asked to stop; returns the exit code."""
         self._wire.stop_on_sigterm()
+        self._watch.start()
         step = 0
         while (payload := self._wire.next_plan()) is not None:
             since_ns = now_ns()
             step += 1
             poison = self._fault.strike(step, read_plan(payload).prefill_token if self._fault.kind else None)
+            if self._profile is not None:
+                self._profile.before(step)
             self._launch(payload, poison, since_ns)
         if self._error is not None:
             traceback.print_exception(self._error)
             return 1
+        if self._profile is not None:
+            self._profile.finish()
         return 0
 
     def _launch(self, payload: Bytes, poison: bool, since_ns: int) -> None:
@@ -170,6 +163,7 @@ class Executor:
             gap_ns=times.gap_ns,
             launch_ns=times.launch_ns,
             hidden=times.hidden,
+            compilations=self._watch.take(),
         )
         self._wire.publish(result_seq, plan_seq)
 

@@ -26,6 +26,7 @@ from scheduler.state import SchedulerState
 Int32 = npt.NDArray[np.int32]
 _EMPTY: Final = np.empty(0, np.int32)
 _FOREVER: Final = 2**31 - 1
+MAX_ADMITS: Final = 32  # in one plan: each costs 20 us, and a burst of them must not outlast the step in flight
 
 
 @dataclass(slots=True)
@@ -152,7 +153,7 @@ def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
 
 def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
     """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
-    while not draft.is_full and (request := state.queue.head()) is not None:
+    while not draft.is_full and len(draft.admits) < MAX_ADMITS and (request := state.queue.head()) is not None:
         if not _admit(state, draft, request):
             break
 

@@ -1,13 +1,24 @@
-"""Throughput of the whole engine: client -> scheduler -> executor -> client, at each pipeline depth.
+"""The whole engine: client -> scheduler -> executor -> client, workloads by name, at each pipeline depth.
 
     python scripts/bench_offline.py --model models/demo --batch 32 --prompt-len 64 --output-len 256 --depth 1,2,3
-    python scripts/bench_offline.py --random-weights llama-3.1-8b --workload headline --depth 1,2 --json out.json
+    python scripts/bench_offline.py --random-weights llama-3.1-8b --workload headline,trace --depth 2 --json out.json
 
 Starts `engine-launch` once per depth without an HTTP frontend and sends token-id prompts over ZMQ, all at once, end of
-sequence off. Columns: output tokens per second of wall time; wall and device milliseconds a step; busy = device time
-over device time plus bubbles (the device idle while there was work), by CUDA events at step boundaries (a monotonic
-clock on the CPU); hidden = share of steps that were queued before the device ran dry; host microseconds a step in the
-scheduler (plan, retire) and on the executor's launch thread (on the CPU that is the step itself).
+sequence off. Flags it does not know go to `engine-launch`. Columns:
+
+    tok/s, wall s   output tokens, and the time from the first request sent to the last token received
+    limit %         the least time that bytes and FLOPs allow (roofline.py), over the wall time
+    step, device ms wall and device time over steps
+    over %          wall time over the sum of device times, less 1: all that is not the device's own work
+    busy %          device time over device time plus bubbles, by events at step boundaries
+    hidden %        steps that were queued before the device ran dry
+    bubbles         gaps of more than 20 us while there was work: count, milliseconds in all, longest in microseconds
+    plan, retire    host microseconds a step in the scheduler
+    launch us       on the executor's launch thread (on the CPU that thread also computes; that is left out)
+    comp            kernels compiled or graphs captured in the run: must be 0
+
+`--sampled` adds a run in which every row samples. `--profile FILE` traces steps in the middle of the first workload:
+its own row is then slower than the engine is. The workloads `latency` and `burst` are procedures: see interruptions.py.
 """
 
 from __future__ import annotations
@@ -15,181 +26,296 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from bench_engine import Engine, running_engine
+from interruptions import Disturbance, Latency, measure_burst, measure_latency
+from roofline import H200_BANDWIDTH, H200_FLOPS, ModelCost, model_cost
+from trace_report import print_report, read_trace, report
+from transformers import AutoConfig
+from workloads import SHAPES, WORKLOADS, Workload, greedy, sampled
 
-from frontend import AsyncClient
-from frontend.request import GenerateParams
+from frontend import AsyncClient, GenerateParams
 from ipc.schema import Stats
 
-SHAPES: dict[str, PreTrainedConfig] = {
-    "llama-3.1-8b": LlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131_072, rms_norm_eps=1e-5, eos_token_id=128_001,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, tie_word_embeddings=False,
-    ),
-    "qwen3-0.6b": Qwen3Config(
-        vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, eos_token_id=151_645,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests sent all at once: `batch` of one shape, or, with `ragged`, both lengths uniform in [low, high]."""
-
-    batch: int
-    prompt_len: int
-    output_len: int
-    ragged: tuple[int, int] | None = None
-
-    def lengths(self) -> list[tuple[int, int]]:
-        if self.ragged is None:
-            return [(self.prompt_len, self.output_len)] * self.batch
-        rng = np.random.default_rng(0)
-        low, high = self.ragged
-        return [(int(p), int(o)) for p, o in rng.integers(low, high + 1, (self.batch, 2))]
-
-
-WORKLOADS: dict[str, Workload] = {
-    "headline": Workload(32, 256, 8192),
-    "trace": Workload(512, 0, 0, (100, 1024)),
-    "small-1": Workload(1, 256, 512),
-    "small-32": Workload(32, 256, 512),
-    "small-256": Workload(256, 256, 512),
-    "small-trace": Workload(256, 0, 0, (100, 1024)),
-}
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table."""
 
+    workload: str
+    sampling: str
     depth: int
+    requests: int
     tokens: int
     wall_s: float
     tokens_per_s: float
+    limit_s: float | None
     steps: int
     step_ms: float
     device_ms: float
+    over_device: float
     busy: float
     hidden: float
+    bubbles: int
+    bubble_ms: float
+    longest_bubble_us: float
+    longest_step_ms: float
     plan_us: float
     retire_us: float
     launch_us: float
-    ready_s: float
+    compilations: int
+    preemptions: int
 
 
-async def drive(endpoint: str, workload: Workload) -> tuple[int, float, Stats, Stats]:
+@dataclass
+class Results:
+    """All that one invocation measured; the JSON file is this."""
+
+    argv: list[str]
+    starts: list[dict[str, Any]] = field(default_factory=list)  # depth, ready_s, phases, description
+    rows: list[Row] = field(default_factory=list)
+    latency: list[dict[str, Any]] = field(default_factory=list)
+    burst: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the roofline column is computed from."""
+
+    cost: ModelCost
+    bandwidth: float
+    flops: float
+
+    def of(self, workload: Workload) -> float:
+        lengths = workload.lengths()
+        return self.cost.limit_s(lengths, max(o for _, o in lengths) - 1, self.bandwidth, self.flops)
+
+
+Params = Callable[[int, int], GenerateParams]  # (index, output length)
+
+
+async def drive(client: AsyncClient, workload: Workload, params: Params, seed: int) -> tuple[int, float, Stats, Stats]:
     """Warm up with short outputs, then run the workload; returns tokens, seconds, and the counters around it."""
-    rng = np.random.default_rng(0)
-    async with AsyncClient(endpoint, name="bench") as client:
-        vocab = client.card.vocab_size
-        jobs = [(rng.integers(1, vocab, p).tolist(), o) for p, o in workload.lengths()]
+    vocab = client.card.vocab_size
+    outputs = [o for _, o in workload.lengths()]
+    warm, prompts = (workload.prompts(vocab, seed=2 * seed + part) for part in (0, 1))
 
-        async def run(prompt: list[int], length: int) -> int:
-            params = GenerateParams(max_tokens=length, temperature=0.0, ignore_eos=True)
-            return (await client.generate(prompt, params)).completion_tokens
+    async def run(prompt: list[int], index: int, length: int) -> int:
+        return (await client.generate(prompt, params(index, length))).completion_tokens
 
-        await asyncio.gather(*(run(rng.integers(1, vocab, len(p)).tolist(), min(8, o)) for p, o in jobs))
-        before = await client.stats()
-        start = time.perf_counter()
-        tokens = sum(await asyncio.gather(*(run(p, o) for p, o in jobs)))
-        wall_s = time.perf_counter() - start
-        return tokens, wall_s, before, await client.stats()
+    await asyncio.gather(*(run(p, i, min(8, o)) for i, (p, o) in enumerate(zip(warm, outputs, strict=True))))
+    before = await client.stats(restart_longest=True)
+    start = time.perf_counter()
+    counts = await asyncio.gather(*(run(p, i, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))))
+    wall_s = time.perf_counter() - start
+    return sum(counts), wall_s, before, await client.stats()
 
 
-def summarize(depth: int, tokens: int, wall_s: float, before: Stats, after: Stats, ready_s: float) -> Row:
+def summarize(
+    workload: Workload, sampling: str, depth: int, tokens: int, wall_s: float, before: Stats, after: Stats,
+    limits: Limits | None,
+) -> Row:  # fmt: skip
     def delta(name: str) -> int:
         value: int = getattr(after, name) - getattr(before, name)
         return value
 
     steps = max(1, delta("steps"))
-    device_ns = delta("device_ns")
+    device_ns = max(1, delta("device_ns"))
     return Row(
+        workload=workload.name,
+        sampling=sampling,
         depth=depth,
+        requests=workload.batch,
         tokens=tokens,
         wall_s=wall_s,
         tokens_per_s=tokens / wall_s,
+        limit_s=limits.of(workload) if limits else None,
         steps=steps,
         step_ms=wall_s / steps * 1e3,
         device_ms=device_ns / steps / 1e6,
-        busy=device_ns / max(1, device_ns + delta("bubble_ns")),
+        over_device=wall_s * 1e9 / device_ns - 1,
+        busy=device_ns / (device_ns + delta("bubble_ns")),
         hidden=delta("hidden_steps") / steps,
+        bubbles=delta("bubbles"),
+        bubble_ms=delta("bubble_ns") / 1e6,
+        longest_bubble_us=after.longest_bubble_ns / 1e3,
+        longest_step_ms=after.longest_step_ns / 1e6,
         plan_us=delta("plan_ns") / steps / 1e3,
         retire_us=delta("retire_ns") / steps / 1e3,
         launch_us=delta("launch_ns") / steps / 1e3,
-        ready_s=ready_s,
+        compilations=delta("compilations"),
+        preemptions=delta("preemptions"),
     )
 
 
-def measure(model: list[str], depth: int, workload: Workload, flags: list[str]) -> Row:
-    """Start an engine, run the workload through it, stop it."""
-    command = [sys.executable, "-P", "-m", "frontend.launch", *model, "--frontends", "0", "--port", "0"]
-    command += ["--pipeline-depth", str(depth), *flags]
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
-        try:
-            assert engine.stdout is not None
-            line = engine.stdout.readline()
-            ready_s = time.perf_counter() - start
-            endpoint = re.search(r"(ipc|tcp)://\S+\.sock", line)
-            if endpoint is None:
-                raise SystemExit(f"the engine did not start: {line!r}")
-            return summarize(depth, *asyncio.run(drive(endpoint.group(), workload)), ready_s)
-        finally:
-            engine.terminate()
+HEADER = (
+    f"{'workload':14} {'rows':8} {'depth':>5} {'tok/s':>8} {'wall s':>8} {'limit %':>7} {'steps':>6} {'step ms':>8} "
+    f"{'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} {'longest us':>10} "
+    f"{'plan us':>7} {'retire us':>9} {'launch us':>9} {'comp':>5}"
+)
 
 
-def print_table(rows: list[Row]) -> None:
+def format_row(r: Row) -> str:
+    limit = f"{r.limit_s / r.wall_s * 100:7.1f}" if r.limit_s is not None else f"{'-':>7}"
+    return (
+        f"{r.workload:14} {r.sampling:8} {r.depth:5d} {r.tokens_per_s:8.0f} {r.wall_s:8.2f} {limit} {r.steps:6d} "
+        f"{r.step_ms:8.3f} {r.device_ms:9.3f} {r.over_device * 100:7.2f} {r.busy * 100:7.2f} {r.hidden * 100:8.1f} "
+        f"{r.bubbles:8d} {r.bubble_ms:8.2f} {r.longest_bubble_us:10.0f} {r.plan_us:7.0f} {r.retire_us:9.0f} "
+        f"{r.launch_us:9.0f} {r.compilations:5d}"
+    )
+
+
+def print_latency(depth: int, found: Latency) -> None:
     print(
-        f"{'depth':>5} {'tok/s':>9} {'wall s':>8} {'steps':>7} {'step ms':>8} {'device ms':>9} {'busy %':>7} "
-        f"{'hidden %':>8} {'plan us':>8} {'retire us':>9} {'launch us':>9} {'ready s':>8}"
+        f"latency, depth {depth}: decode rows alone p50 {found.alone_p50_ms:.2f} p99 {found.alone_p99_ms:.2f} ms; "
+        f"while {found.arriving_len} prompt tokens are read p50 {found.meanwhile_p50_ms:.2f} "
+        f"p99 {found.meanwhile_p99_ms:.2f} max {found.meanwhile_max_ms:.2f} ms; "
+        f"bound 2 x {found.decode_step_ms:.2f} + {found.chunk_ms:.2f} = "
+        f"{found.bound_ms:.2f} ms: {'holds' if found.holds else 'MISSED'}; first token after "
+        f"{found.first_token_ms:.0f} ms",
+        flush=True,
     )
-    for r in rows:
+
+
+def print_burst(depth: int, found: list[Disturbance]) -> None:
+    print(
+        f"burst, depth {depth}{'':22} {'steps':>6} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} {'longest us':>10}",
+        end="",
+    )
+    print(f" {'longest step ms':>15} {'comp':>5}")
+    for d in found:
         print(
-            f"{r.depth:5d} {r.tokens_per_s:9.0f} {r.wall_s:8.2f} {r.steps:7d} {r.step_ms:8.3f} {r.device_ms:9.3f} "
-            f"{r.busy * 100:7.2f} {r.hidden * 100:8.1f} {r.plan_us:8.0f} {r.retire_us:9.0f} {r.launch_us:9.0f} "
-            f"{r.ready_s:8.1f}",
+            f"  {d.what:34} {d.steps:6d} {d.hidden * 100:8.1f} {d.bubbles:8d} {d.bubble_ms:8.2f} "
+            f"{d.longest_bubble_us:10.0f} {d.longest_step_ms:15.2f} {d.compilations:5d}",
             flush=True,
         )
 
 
-def main() -> None:
+async def measure(engine: Engine, depth: int, plan: list[Workload], with_sampled: bool, limits: Limits | None,
+                  results: Results) -> None:  # fmt: skip
+    """Every workload through one engine; prints each as it ends."""
+    choices: list[tuple[str, Params]] = [("greedy", lambda _, o: greedy(o))]
+    if with_sampled:
+        choices.append(("sampled", sampled))
+    async with AsyncClient(engine.endpoint, name="bench") as client:
+        seed = 0
+        for workload in plan:
+            if workload.kind == "latency":
+                latency = await measure_latency(client, workload)
+                print_latency(depth, latency)
+                results.latency.append({"depth": depth, **asdict(latency), "holds": latency.holds})
+                continue
+            if workload.kind == "burst":
+                burst = await measure_burst(client, workload)
+                print_burst(depth, burst)
+                results.burst += [{"depth": depth, **asdict(d)} for d in burst]
+                continue
+            print(HEADER)
+            for name, params in choices:
+                run = await drive(client, workload, params, seed)
+                seed += 1
+                row = summarize(workload, name, depth, *run, limits)
+                results.rows.append(row)
+                print(format_row(row), flush=True)
+            if with_sampled:
+                slow, fast = results.rows[-1].wall_s, results.rows[-2].wall_s
+                print(f"{workload.name}: sampled takes {(slow / fast - 1) * 100:+.2f} % of greedy's time", flush=True)
+
+
+def profile_env(path: Path, depth: int, plan: list[Workload], steps: int) -> tuple[Path, dict[str, str]]:
+    """Trace `steps` steps from the middle of the first workload on; the file's name gets the depth."""
+    middle = 24 + max(o for _, o in plan[0].lengths()) // 2  # warm-up and prefill take the first two dozen
+    target = path.with_name(f"{path.stem}-depth{depth}{path.suffix or '.json'}").resolve()
+    return target, {"ENGINE_PROFILE": f"{middle}:{steps}:{target}"}
+
+
+def print_profile(target: Path, steps: int) -> dict[str, Any]:
+    try:
+        found = report(read_trace(target))
+    except (OSError, ValueError) as error:
+        print(f"no profile: {error}")
+        return {}
+    print_report(found, steps)
+    return {"file": str(target), **asdict(found)}
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="folder or hub id")
     model.add_argument("--random-weights", choices=sorted(SHAPES), help="a known shape with random bfloat16 weights")
-    parser.add_argument("--workload", choices=sorted(WORKLOADS), help="a named workload instead of the three lengths")
+    parser.add_argument("--workload", help=f"some of {','.join(WORKLOADS)}; instead of the three lengths")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=512)
     parser.add_argument("--depth", default="1,2")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args, flags = parser.parse_known_args()
-    workload = WORKLOADS.get(args.workload) or Workload(args.batch, args.prompt_len, args.output_len)
-    longest = max(p + o for p, o in workload.lengths())
-    with tempfile.TemporaryDirectory() as folder:
-        if args.random_weights:
-            SHAPES[args.random_weights].save_pretrained(folder)
-            chosen = [folder, "--random-weights", "--dtype", "bfloat16", "--max-model-len", str(longest)]
-        else:
-            chosen = [args.model]
-        chosen += ["--max-num-seqs", str(workload.batch)]
-        rows = [measure(chosen, int(depth), workload, flags) for depth in args.depth.split(",")]
-    print_table(rows)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    parser.add_argument("--sampled", action="store_true", help="run each workload a second time with sampling")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="Chrome trace of steps of the first workload")
+    parser.add_argument("--profile-steps", type=int, default=50)
+    parser.add_argument(
+        "--cold", action="store_true", help="fresh compile caches: the first start is cold, later ones warm"
+    )
+    parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH, help="bytes/s (default: %(default)g)")
+    parser.add_argument("--peak-flops", type=float, default=H200_FLOPS, help="(default: %(default)g)")
+    parser.add_argument("--json", type=Path, help="also write everything here")
+    args, flags = parser.parse_known_args(argv)
+    unknown = [name for name in (args.workload or "").split(",") if name and name not in WORKLOADS]
+    if unknown:
+        parser.error(f"no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
+    return args, flags
+
+
+def engine_flags(args: argparse.Namespace, plan: list[Workload], folder: str) -> list[str]:
+    if not args.random_weights:
+        chosen = ["--model", args.model]
+    else:
+        SHAPES[args.random_weights].save_pretrained(folder)
+        longest = max(workload.max_seq_len for workload in plan)
+        chosen = ["--model", folder, "--random-weights", "--dtype", "bfloat16", "--max-model-len", str(longest)]
+    return [*chosen, "--max-num-seqs", str(max(workload.max_num_seqs for workload in plan))]
+
+
+def read_limits(args: argparse.Namespace) -> Limits | None:
+    """None for a model whose configuration is not at hand here."""
+    try:
+        config = SHAPES[args.random_weights] if args.random_weights else AutoConfig.from_pretrained(args.model)
+        return Limits(model_cost(config), args.bandwidth, args.peak_flops)
+    except Exception as error:
+        print(f"no limit column: {error}", file=sys.stderr)
+        return None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, flags = parse(argv)
+    custom = Workload("custom", args.batch, args.prompt_len, args.output_len)
+    plan = [WORKLOADS[name] for name in args.workload.split(",")] if args.workload else [custom]
+    limits = read_limits(args)
+    results = Results(argv=sys.argv[1:] if argv is None else argv)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as caches:
+        chosen = engine_flags(args, plan, folder)
+        env = {name: f"{caches}/{name.lower()}" for name in CACHES} if args.cold else {}
+        for depth in map(int, args.depth.split(",")):
+            target, extra = profile_env(args.profile, depth, plan, args.profile_steps) if args.profile else (None, {})
+            with running_engine([*chosen, "--pipeline-depth", str(depth), *flags], {**env, **extra}) as engine:
+                asyncio.run(measure(engine, depth, plan, args.sampled, limits, results))
+            start = {"depth": depth, "ready_s": engine.ready_s, "phases": engine.phases, "engine": engine.description}
+            results.starts.append(start)
+            phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in engine.phases.items())
+            print(f"depth {depth}: ready after {engine.ready_s:.1f} s ({phases})", flush=True)
+            if target is not None:
+                results.profiles.append(print_profile(target, args.profile_steps))
+            if args.json:
+                args.json.write_text(json.dumps(asdict(results), indent=1))
 
 
 if __name__ == "__main__":

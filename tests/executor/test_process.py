@@ -126,6 +126,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(
         assert sequence.output == outputs[sequence.slot]
     times = [(result.device_ns, result.gap_ns, result.launch_ns) for result in driver.results]
     assert all(device_ns > 0 and gap_ns >= 0 and launch_ns > 0 for device_ns, gap_ns, launch_ns in times)
+    assert not any(result.compilations for result in driver.results), "something was compiled while serving"
     if depth > 1 and device == "cpu":  # on a GPU, steps of two layers may end before the next is queued
         assert any(result.hidden for result in driver.results)
     assert "attention" in executor.stop()
