@@ -10,6 +10,7 @@ back from the frontends, which replay them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from pathlib import Path
@@ -404,7 +405,8 @@ class Loop:
 
     def _tell_launcher(self, message: Message) -> None:
         if self.launcher is not None:
-            self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # one that was stopped for long is told again
+                self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
 
     def _drain(self, abort: bool) -> None:
         state = self.state
