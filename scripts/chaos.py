@@ -199,7 +199,7 @@ class Chaos:
         """(request, expected text, expected stop string)."""
         body = {"prompt": case.prompt, "return_token_ids": True, **case.sampling}
         text, stop = case.text, None
-        if case.tokens is not None and len(text) > 12 and self.rng.random() < 0.3:
+        if case.tokens is not None and len(text) > 12 and "min_tokens" not in case.sampling and self.rng.random() < 0.3:
             at = self.rng.randrange(4, len(text) - 4)
             stop = text[at : at + self.rng.randint(2, 4)]
             body["stop"], text = [stop], text[: text.index(stop)]

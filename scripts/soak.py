@@ -139,8 +139,9 @@ def main() -> int:
     args = parser.parse_args()
     command = [sys.executable, "-P", "-m", "frontend.launch", "--model", str(ROOT / "models" / "demo")]
     with tempfile.TemporaryFile() as log:
+        # A small cache, so that the prefix index has its full size early on.
         process = subprocess.Popen(
-            [*command, "--fake-executor", "--device", "cpu", "--port", "0"],
+            [*command, "--fake-executor", "--device", "cpu", "--port", "0", "--num-gpu-blocks-override", "16384"],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
