@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 import yaml
 
 from frontend.flag_sources import config_file, from_environ, from_file
+from frontend.tools import PARSERS
 from ipc.config import MAX_DEPTH, EngineConfig, HttpConfig
 from ipc.errors import ConfigError
 from ipc.logs import LogConfig
@@ -79,6 +80,8 @@ class Options:
     shutdown_timeout: float
     metrics_prefix: str
     chat_template: str | None
+    tool_call_parser: str | None
+    enable_auto_tool_choice: bool
     max_restarts: int
     fake_executor: bool
     print_config: bool
@@ -213,6 +216,12 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
         "--metrics-prefix", type=_metrics_prefix, default="engine", metavar="NAME", help="vllm: for its dashboards"
     )
     group.add_argument("--chat-template", metavar="FILE", help="jinja file, instead of the model's own template")
+    group.add_argument(
+        "--tool-call-parser", choices=PARSERS, help="how the model writes tool calls (default: by its chat template)"
+    )
+    group.add_argument(
+        "--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True, help="always on"
+    )
 
 
 def _configuration_flags(parser: argparse.ArgumentParser) -> None:
@@ -392,4 +401,5 @@ def http_config(options: Options | argparse.Namespace) -> HttpConfig:
         shutdown_timeout_s=options.shutdown_timeout,
         metrics_prefix=options.metrics_prefix,
         chat_template=None if options.chat_template is None else _read_template(options.chat_template),
+        tool_call_parser=options.tool_call_parser,
     )

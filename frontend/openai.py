@@ -15,7 +15,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from frontend.request import GenerateParams
-from frontend.structured import of_request
+from frontend.structured import StructuredOutputs, of_request
+from frontend.tools import template_calls
 from ipc.errors import InvalidParameterError, RequestError, TandemError
 
 MAX_PROMPTS: Final = 2048  # of one request
@@ -104,6 +105,8 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = None
@@ -160,6 +163,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return [
         {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
         | {"content": _text_of(message.content)}
+        | ({"tool_calls": template_calls(message.tool_calls)} if message.tool_calls else {})
         for message in messages
     ]
 
@@ -202,16 +206,20 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, float] 
     return GenerateParams(**values)
 
 
-def chat_params(request: ChatRequest, defaults: Mapping[str, float] = {}) -> GenerateParams:
-    """How to generate for a chat request; `defaults` are the model's. Raises InvalidParameterError."""
+def chat_params(
+    request: ChatRequest, defaults: Mapping[str, float] = {}, calls: StructuredOutputs | None = None
+) -> GenerateParams:
+    """How to generate for a chat request; `defaults` are the model's, `calls` must be made. Raises a RequestError."""
     _refuse_unsupported(request)
     if request.chat_template is not None:
         raise InvalidParameterError("chat_template is the server's: see its --chat-template", param="chat_template")
-    if request.tools:
-        raise InvalidParameterError("tools are not supported", param="tools")
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidParameterError("top_logprobs needs logprobs to be true", param="top_logprobs")
     values = {**defaults, **_common_params(request)}
+    if calls is not None:
+        if "structured_outputs" in values:
+            raise InvalidParameterError("tool_choice and structured output exclude each other", param="tool_choice")
+        values["structured_outputs"] = calls
     if request.max_completion_tokens is not None:
         values["max_tokens"] = request.max_completion_tokens
     values["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None

@@ -42,6 +42,7 @@ from frontend.openai import (
 from frontend.openapi import make_document
 from frontend.shapes import ChatShape, CompletionShape, Echo
 from frontend.tokenizer import Tokenizer
+from frontend.tools import parser_for, tool_use
 from ipc.config import HttpConfig
 from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
 from ipc.schema import Stats
@@ -64,14 +65,14 @@ class Service:
         self.attached = False  # the client has connected once and has its tokenizer
         self.fault = ""  # why the last attempt to connect was refused
         self.started_s = int(time.time())
-        self._config = config
+        self.config = config
         self._registry: CollectorRegistry | None = None
 
     def attach(self) -> None:
         """The client is connected from now on, as far as anyone knows."""
-        if self._config.chat_template is not None:
+        if self.config.chat_template is not None:
             with suppress(InvalidParameterError):  # without a tokenizer there is no chat
-                self.tokenizer.use_chat_template(self._config.chat_template)
+                self.tokenizer.use_chat_template(self.config.chat_template)
         self.attached, self.fault = True, ""
 
     @property
@@ -79,7 +80,7 @@ class Service:
         """Made when first asked for: the model's name is known once connected."""
         if self._registry is None:
             self._registry = make_registry(
-                self._config.metrics_prefix, self.client.card.name, lambda: self.client.last_stats
+                self.config.metrics_prefix, self.client.card.name, lambda: self.client.last_stats
             )
         return self._registry
 
@@ -108,7 +109,7 @@ class Service:
         if self.client.draining:
             raise UnavailableError("the engine is shutting down")
         stats = self.client.last_stats
-        if stats is not None and stats.step_age_ns * 1e-9 > self._config.watchdog_timeout_s:
+        if stats is not None and stats.step_age_ns * 1e-9 > self.config.watchdog_timeout_s:
             raise UnavailableError(f"no step finished for {stats.step_age_ns * 1e-9:.0f} s")
 
     def require_model(self, name: str | None) -> None:
@@ -176,10 +177,13 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
     asked = decode_body(await request.body(), ChatRequest)
     service.require_ready()
     service.require_model(asked.model)
-    params = chat_params(asked, service.client.card.sampling_defaults)
     tokenizer = service.tokenizer
+    parser = service.config.tool_call_parser or parser_for(tokenizer.chat_template)
+    tools = tool_use(asked.tools, asked.tool_choice, asked.parallel_tool_calls is not False, parser)
+    params = chat_params(asked, service.client.card.sampling_defaults, tools.grammar if tools else None)
     ids = await tokenizer.encode_chat(
         messages_of(asked.messages),
+        tools=tools.tools if tools else None,
         add_generation_prompt=asked.add_generation_prompt is not False,
         template_kwargs=asked.chat_template_kwargs,
     )
@@ -189,6 +193,7 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
         created=int(time.time()),
         model=service.client.card.name,
         prompt=ids,
+        tool_parser=tools.parser if tools else None,
         token_bytes=lambda token, text: tokenizer.token_bytes(token) if tokenizer.byte_level else text.encode(),
     )
     with chat_names(asked):

@@ -5,17 +5,20 @@ Called by the HTTP server, once a chunk: pure, and encoded once. A shape knows o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from frontend.openai import ChatRequest, CompletionRequest, sse
 from frontend.request import Choice, Chunk, TokenLogprob
+from frontend.tools import CallDelta, ToolParser, make_parser
 
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
 TokenBytes = Callable[[int, str], bytes]
+P = TypeVar("P", Chunk, Choice)
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -46,11 +49,26 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call, or in a delta a part of one: only its first part has an id and a name."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCall
+
+
 class ChatText(msgspec.Struct, frozen=True, kw_only=True):
     """A message or a delta."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: Sequence[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,12 +194,28 @@ class ChatShape:
         model: str,
         prompt: Sequence[int],
         token_bytes: TokenBytes,
+        tool_parser: str | None = None,
     ) -> None:
+        """`tool_parser` names the format of tool calls, if any may be made."""
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self._head = _head(response_id, kind, created, model)
         self._request = request
         self._prompt = prompt if request.return_token_ids else UNSET
         self._token_bytes = token_bytes
+        self._tool_parser = tool_parser
+        self._parsers: dict[int, ToolParser] = {}  # by choice
+
+    def _read(self, index: int, part: P) -> tuple[P, list[CallDelta]]:
+        """Take the tool calls out of the text of a part."""
+        if self._tool_parser is None:
+            return part, []
+        if index not in self._parsers:
+            self._parsers[index] = make_parser(self._tool_parser)
+        parser, finish = self._parsers[index], part.finish_reason
+        parsed = parser.push(part.text, final=finish is not None)
+        if finish == "stop" and parser.num_calls:
+            finish = "tool_calls"
+        return dataclasses.replace(part, text=parsed.content, finish_reason=finish), parsed.calls
 
     def _event(self, choice: ChatChoice, **extra: Any) -> bytes:
         usage = None if self._request.include_usage else UNSET
@@ -195,12 +229,11 @@ class ChatShape:
         )
 
     def event(self, index: int, chunk: Chunk) -> bytes:
-        if _says_nothing(chunk, bool(self._request.return_token_ids)):
+        chunk, calls = self._read(index, chunk)
+        if not calls and _says_nothing(chunk, bool(self._request.return_token_ids)):
             return b""
-        choice = ChatChoice(
-            index=index, delta=ChatText(content=chunk.text) if chunk.text else ChatText(), **self._ending(chunk)
-        )
-        return self._event(choice)
+        delta = ChatText(content=chunk.text or UNSET, tool_calls=[_delta(call) for call in calls] or UNSET)
+        return self._event(ChatChoice(index=index, delta=delta, **self._ending(chunk)))
 
     def _ending(self, part: Chunk | Choice) -> dict[str, Any]:
         return {
@@ -215,18 +248,31 @@ class ChatShape:
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         written = [
-            ChatChoice(
-                index=choice.index,
-                message=ChatText(role="assistant", content=choice.text),
-                **self._ending(choice),
-            )
-            for choice in choices
+            ChatChoice(index=choice.index, message=_message(choice.text, calls), **self._ending(choice))
+            for choice, calls in (self._read(choice.index, choice) for choice in choices)
         ]
         prompt_logprobs = _prompt_logprobs(self._request.prompt_logprobs, choices[0])
         body = Body(
             **self._head, choices=written, usage=usage, prompt_logprobs=prompt_logprobs, prompt_token_ids=self._prompt
         )
         return msgspec.json.encode(body)
+
+
+def _delta(call: CallDelta) -> ToolCall:
+    function = FunctionCall(name=call.name or UNSET, arguments=call.arguments)
+    kind = UNSET if call.id is None else "function"
+    return ToolCall(index=call.index, id=call.id or UNSET, type=kind, function=function)
+
+
+def _message(text: str, calls: Sequence[CallDelta]) -> ChatText:
+    """A whole message; calls that came at once are whole too."""
+    written = [
+        ToolCall(
+            id=call.id or "", type="function", function=FunctionCall(name=call.name or "", arguments=call.arguments)
+        )
+        for call in calls
+    ]
+    return ChatText(role="assistant", content=text if text or not calls else None, tool_calls=written or UNSET)
 
 
 def _head(response_id: str, kind: str, created: int, model: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class StructuredOutputs:
     regex: str | None = None  # of the whole output
     choice: Sequence[str] | None = None
     grammar: str | None = None  # Lark, or GBNF
+    lark: str | None = None  # Lark for sure
     param: str = "structured_outputs"  # how the request calls it, for errors
 
     def __post_init__(self) -> None:
@@ -42,7 +43,7 @@ class StructuredOutputs:
             names = " and ".join(given) or "nothing"
             raise self._fault(f"exactly one of json, json_object, regex, choice and grammar is needed, got {names}")
         name, value = given[0], getattr(self, given[0])
-        if name in ("regex", "grammar") and not isinstance(value, str):
+        if name in ("regex", "grammar", "lark") and not isinstance(value, str):
             raise self._fault(f"{name} must be a string, got {type(value).__name__}")
         if name == "json" and not isinstance(value, (Mapping, str)):
             raise self._fault(f"json must be a JSON schema, got {type(value).__name__}")
@@ -88,6 +89,8 @@ class StructuredOutputs:
             return str(LLMatcher.grammar_from_regex(self.regex))
         if self.choice is not None:
             return str(grammar_from("choice", json.dumps(list(self.choice))))
+        if self.lark is not None:
+            return str(LLMatcher.grammar_from_lark(self.lark))
         return str(grammar_from("grammar", _short(self.grammar or "")))
 
 

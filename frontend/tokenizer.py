@@ -70,6 +70,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def chat_template(self) -> str:
+        """Its text; empty if there is none."""
+        return str(self._pretrained.chat_template or "")
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._pretrained.chat_template)
 

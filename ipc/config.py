@@ -26,6 +26,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout_s: float = 30.0  # for open responses after SIGTERM
     metrics_prefix: str = "engine"
     chat_template: str | None = None  # jinja text, instead of the model's own
+    tool_call_parser: str | None = None  # None: as the chat template suggests
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
