@@ -37,6 +37,7 @@ from ipc.frames import (
     write_result_header,
 )
 from ipc.lifetime import enter_process, fail
+from ipc.trace import Act, Track, open_trace
 
 DEFAULT_NUM_BLOCKS: Final = 65536
 
@@ -69,7 +70,7 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
     wire = Wire(channels)
     wire.stop_on_sigterm()
     model, fault = FakeModel(config), read_fault("executor", channels.epoch)
-    layout = config.result_layout
+    layout, trace = config.result_layout, open_trace(channels.trace)
     step_ns = 1000 * int(os.environ.get("ENGINE_FAKE_STEP_US", "0"))
     wire.hello(config.num_blocks or DEFAULT_NUM_BLOCKS)
     step, previous_end_ns = 0, 0
@@ -103,6 +104,9 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
         )
         previous_end_ns = end_ns
         wire.publish(result_seq, plan.seq)
+        if trace is not None:
+            trace.span(Track.LAUNCH, Act.LAUNCH, start_ns, start_ns + launch_ns, plan.seq, plan.num_rows)
+            trace.span(Track.COMPUTE, Act.COMPUTE, start_ns, end_ns, plan.seq, plan.num_rows)
     return 0
 
 

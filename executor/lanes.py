@@ -25,6 +25,8 @@ from typing import Any, Protocol
 
 import torch
 
+from executor.timeline import DeviceClock, DeviceSpans, StepEvents
+
 Step = Callable[[torch.Tensor, torch.Tensor], None]  # (device input bytes, device output bytes)
 
 
@@ -118,12 +120,14 @@ class StepTimes:
     gap_ns: int  # compute stream idle since the step before
     launch_ns: int  # host time from `since_ns` until everything was queued, without what the device itself ran inline
     hidden: bool
+    spans: DeviceSpans | None = None  # when each stream worked, if timed
 
 
 @dataclass(slots=True)
 class _Lane:
     input: torch.Tensor  # uint8 [in_bytes], on the device
     output: torch.Tensor  # uint8 [out_bytes], on the device
+    loading: Event | None  # h2d begun; None unless timed
     loaded: Event  # h2d done
     stored: Event  # d2h done
 
@@ -163,18 +167,22 @@ class Lanes:
         out_bytes: int,
         on_done: Callable[[Any, StepTimes], None],
         on_error: Callable[[BaseException], None] | None = None,
+        timed: bool = False,
     ) -> None:
+        """`timed`: StepTimes also say when each stream worked, which costs two more events a step."""
         self._streams, self._on_done, self._on_error = streams, on_done, on_error
         self._lanes = [
             _Lane(
                 input=torch.empty(in_bytes, dtype=torch.uint8, device=device),
                 output=torch.empty(out_bytes, dtype=torch.uint8, device=device),
-                loaded=streams.event(timing=False),
-                stored=streams.event(timing=False),
+                loading=streams.event(timing=True) if timed else None,
+                loaded=streams.event(timing=timed),
+                stored=streams.event(timing=timed),
             )
             for _ in range(depth)
         ]
         self._spans = [_Span(streams.event(timing=True), streams.event(timing=True)) for _ in range(depth + 1)]
+        self._clock = DeviceClock(streams.event(timing=True), streams.compute) if timed else None
         self._count = 0  # steps launched
         self._free = threading.Semaphore(depth)
         self._launched: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
@@ -206,6 +214,8 @@ class Lanes:
         span = self._spans[self._count % len(self._spans)]
         previous = self._spans[(self._count - 1) % len(self._spans)] if self._count else None
         with streams.on(streams.h2d):
+            if lane.loading is not None:
+                lane.loading.record(streams.h2d)
             lane.input[: len(host_in)].copy_(host_in, non_blocking=True)
             lane.loaded.record(streams.h2d)
         with streams.on(streams.compute):
@@ -253,7 +263,13 @@ class Lanes:
             gap_ns=_elapsed_ns(previous.end, span.start) if previous is not None else 0,
             launch_ns=launched.launch_ns - (device_ns if self._streams.inline else 0),
             hidden=launched.hidden,
+            spans=self._place(launched.lane, span),
         )
+
+    def _place(self, lane: _Lane, span: _Span) -> DeviceSpans | None:
+        if self._clock is None or lane.loading is None:
+            return None
+        return self._clock.place(StepEvents(lane.loading, lane.loaded, span.start, span.end, lane.stored))
 
 
 def _elapsed_ns(start: Event, end: Event) -> int:

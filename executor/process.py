@@ -33,6 +33,7 @@ from ipc.config import EngineConfig, ExecutorChannels
 from ipc.errors import ConfigError
 from ipc.fault import read_fault
 from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanFlag, PlanWord, read_plan, write_result_header
+from ipc.trace import Act, Track, open_trace
 
 
 def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | None = None) -> int:
@@ -61,6 +62,7 @@ class Executor:
         self._wire = wire
         self._limits, self._layout = config.limits, config.result_layout
         self._fault = read_fault("executor", channels.epoch)
+        self._trace = open_trace(channels.trace)
         self._error: BaseException | None = None
         self._device = open_device(config, channels.rank)
         self._profile = read_profile(self._device)
@@ -81,6 +83,7 @@ class Executor:
             out_bytes=self._layout.nbytes - RESULT_HEADER_BYTES,
             on_done=self._publish,
             on_error=self._fail,
+            timed=self._trace is not None,
         )
 
     def _load(self, config: EngineConfig, phases: Phases) -> StepRunner:
@@ -148,9 +151,13 @@ class Executor:
             since_ns=since_ns,
             waited=self._wire.waited,
         )
+        if self._trace is not None:
+            seq, rows = header.words[PlanWord.SEQ], header.num_rows
+            self._trace.span(Track.LAUNCH, Act.LAUNCH, since_ns, now_ns(), seq, rows)
 
     def _publish(self, tag: tuple[PlanHeader, int, Bytes], times: StepTimes) -> None:
         """On the retire thread: the tokens are in the ring slot; add the header and show it."""
+        seen_ns = now_ns()
         header, result_seq, result = tag
         plan_seq = header.words[PlanWord.SEQ]
         write_result_header(
@@ -166,6 +173,12 @@ class Executor:
             compilations=self._watch.take(),
         )
         self._wire.publish(result_seq, plan_seq)
+        if self._trace is not None and times.spans is not None:
+            rows = header.num_rows
+            self._trace.span(Track.RETIRE, Act.PUBLISH, seen_ns, now_ns(), plan_seq, rows)
+            self._trace.span(Track.H2D, Act.COPY_IN, *times.spans.h2d, plan_seq, rows)
+            self._trace.span(Track.COMPUTE, Act.COMPUTE, *times.spans.compute, plan_seq, rows)
+            self._trace.span(Track.D2H, Act.COPY_OUT, *times.spans.d2h, plan_seq, rows)
 
     def _fail(self, error: BaseException) -> None:
         """On the retire thread: the device failed; the launch thread must not sleep on."""

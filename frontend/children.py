@@ -6,6 +6,7 @@ Used by the supervisor only. Holds the sole write end of the death pipe: when th
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from ipc.config import (
 from ipc.doorbell import Doorbell
 from ipc.ring import create_ring
 from ipc.sockets import EndpointDirectory
+from ipc.trace import MAX_FRONTENDS
 
 _TAIL_BYTES: Final = 32 << 10
 TRACEBACK: Final = "Traceback (most recent call last):"
@@ -36,14 +38,21 @@ _READ_BYTES: Final = 64 << 10
 class Plumbing:
     """What outlives a child: endpoints, rings, bells, the death pipe, the HTTP socket. Closing it leaves nothing."""
 
-    def __init__(self, config: EngineConfig, listener: socket.socket | None) -> None:
+    def __init__(self, config: EngineConfig, listener: socket.socket | None, trace: int = -1) -> None:
+        """`trace`: memory of the step trace, -1 for none."""
         self.listener = listener
+        self._trace = trace
+        self._frontends_started = itertools.count()
         self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes)
         self.result_ring = create_ring(RING_SLOTS, config.result_layout.nbytes)
         self.plan_bell, self.result_bell = Doorbell.create(), Doorbell.create()
         self.ready_bell = Doorbell.create()  # its count adds up: one for each frontend that can serve
         self.parent_pipe, self._death_pipe = os.pipe2(os.O_CLOEXEC)
         self.endpoints = EndpointDirectory()
+
+    @property
+    def _traces(self) -> tuple[int, ...]:
+        return () if self._trace < 0 else (self._trace,)
 
     def scheduler(self, life: int) -> tuple[SchedulerChannels, list[int]]:
         """The channels of the scheduler's life number `life`, and the fds among them."""
@@ -56,8 +65,16 @@ class Plumbing:
             control=self.endpoints.control,
             parent_pipe=self.parent_pipe,
             life=life,
+            trace=self._trace,
         )
-        return channels, [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd, self.parent_pipe]
+        return channels, [
+            self.plan_ring,
+            self.plan_bell.fd,
+            self.result_ring,
+            self.result_bell.fd,
+            self.parent_pipe,
+            *self._traces,
+        ]
 
     def executor(self, epoch: int) -> tuple[ExecutorChannels, list[int]]:
         """The channels of an executor whose first epoch is `epoch`, and the fds among them."""
@@ -69,8 +86,16 @@ class Plumbing:
             result_bell=self.result_bell.fd,
             control=self.endpoints.control,
             parent_pipe=self.parent_pipe,
+            trace=self._trace,
         )
-        return channels, [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd, self.parent_pipe]
+        return channels, [
+            self.plan_ring,
+            self.plan_bell.fd,
+            self.result_ring,
+            self.result_bell.fd,
+            self.parent_pipe,
+            *self._traces,
+        ]
 
     def frontend(self, life: int) -> tuple[FrontendChannels, list[int]]:
         """A serving frontend's channels, and the fds among them; `life` counts those that were restarted."""
@@ -79,10 +104,12 @@ class Plumbing:
             scheduler=self.endpoints.frontend,
             listen_fd=self.listener.fileno(),
             ready_bell=self.ready_bell.fd,
+            index=next(self._frontends_started) % MAX_FRONTENDS,
             parent_pipe=self.parent_pipe,
             life=life,
+            trace=self._trace,
         )
-        return channels, [channels.listen_fd, channels.ready_bell, channels.parent_pipe]
+        return channels, [channels.listen_fd, channels.ready_bell, channels.parent_pipe, *self._traces]
 
     def close(self) -> None:
         self.endpoints.close()

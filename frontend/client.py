@@ -16,13 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from frontend.assembler import Assembler, Collected
-from frontend.inflight import Flight, Mailbox
-from frontend.request import Chunk, Completion, GenerateParams, check_prompt, prepare
+from frontend.generation import Generation, collect
+from frontend.request import Chunk, Completion, GenerateParams
 from frontend.session import Session
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
-from ipc.errors import ModelError, RequestTimeoutError, TandemError, UnavailableError
+from ipc.errors import ModelError, TandemError, UnavailableError
 from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, RECONNECT_LIMIT_S, Invariants, ModelCard, Stats, Welcome
 
 _log: Final = logging.getLogger(__name__)
@@ -128,6 +127,10 @@ class AsyncClient:
         """The statistics that came last; one comes with every heartbeat."""
         return self._session.last_stats
 
+    def watch_fan_out(self, watcher: Callable[[int, int], None]) -> None:
+        """After each frame of tokens, once their readers have run: watcher(nanoseconds at its arrival, rows)."""
+        self._session.on_fan_out = watcher
+
     async def stats(self, timeout_s: float = STATS_S, *, restart_longest: bool = False) -> Stats:
         """The engine's counters; `restart_longest` has the `longest_*` ones begin anew after this answer."""
         return await self._session.stats(timeout_s, restart_longest)
@@ -213,62 +216,51 @@ class AsyncClient:
     async def _stream(
         self, prompt: Callable[[], Awaitable[Sequence[int]]], params: GenerateParams, timeout_s: float | None
     ) -> AsyncGenerator[Chunk, None]:
-        chunks = self._run(await prompt(), params, timeout_s, each_token=True)
+        generation = await self.start([await prompt()], params, timeout_s=timeout_s)
         try:
-            async for chunk in chunks:
-                yield chunk
-        finally:
-            await chunks.aclose()
-
-    async def _complete(self, prompt: Sequence[int], params: GenerateParams, timeout_s: float | None) -> Completion:
-        collected = [Collected() for _ in range(params.n)]
-        # Without stop strings nobody has to look at the text before the end.
-        async for chunk in self._run(prompt, params, timeout_s, each_token=bool(params.stop_strings)):
-            collected[chunk.index].add(chunk)
-        choices = tuple(each.choice(index) for index, each in enumerate(collected))
-        return Completion(
-            choices=choices,
-            prompt_token_ids=tuple(map(int, prompt)),
-            prompt_tokens=len(prompt),
-            completion_tokens=sum(len(choice.token_ids) for choice in choices),
-            cached_tokens=collected[0].cached_tokens,
-        )
-
-    async def _run(
-        self, prompt: Sequence[int], params: GenerateParams, timeout_s: float | None, *, each_token: bool
-    ) -> AsyncGenerator[Chunk, None]:
-        packed = check_prompt(prompt, self.card)
-        sequences = prepare(params, self.card, len(prompt))
-        grammar = "" if params.structured_outputs is None else await params.structured_outputs.compile()
-        mailbox = Mailbox(each_token)
-        flights = [
-            Flight(mailbox, index, packed, sampling, int(params.priority), params.cache_salt, grammar)
-            for index, sampling in enumerate(sequences)
-        ]
-        assemblers = [Assembler(self._tokenizer, self.card, prompt, params) for _ in flights]
-        if params.stop_strings and self._tokenizer is None:
-            raise self._no_tokenizer or UnavailableError("the client is not connected")
-        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        running = len(flights)
-        self._session.submit(flights)
-        try:
-            while running:
-                try:
-                    ready = await mailbox.wait(deadline)
-                except TimeoutError as error:
-                    raise RequestTimeoutError(f"the request did not finish within {timeout_s} s") from error
-                for flight in ready:
-                    chunk = assemblers[flight.index].take(flight)
-                    if chunk is None:
-                        continue
-                    if chunk.finish_reason is not None:
-                        running -= 1
-                        self._session.abort(
-                            (flight,), stopped=True
-                        )  # a stop string ends it here, before the engine knows
+            while chunks := await generation.chunks():
+                for chunk in chunks:
                     yield chunk
         finally:
-            self._session.abort(flights)
+            generation.close()
+
+    async def _complete(self, prompt: Sequence[int], params: GenerateParams, timeout_s: float | None) -> Completion:
+        generation = await self.start([prompt], params, timeout_s=timeout_s, whole=True)
+        choices = await collect(generation, params.n)
+        return Completion(
+            choices=tuple(each.choice(index) for index, each in enumerate(choices)),
+            prompt_token_ids=tuple(map(int, prompt)),
+            prompt_tokens=len(prompt),
+            completion_tokens=sum(len(each.token_ids) for each in choices),
+            cached_tokens=choices[0].cached_tokens,
+        )
+
+    async def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: GenerateParams,
+        *,
+        timeout_s: float | None = None,
+        whole: bool = False,
+    ) -> Generation:
+        """Submit prompts of token ids as one request, to be read and closed by the caller; errors as for `stream`.
+
+        `whole`: its reader wants nothing before a sequence has ended.
+        """
+        if params.stop_strings and self._tokenizer is None:
+            raise self._no_tokenizer or UnavailableError("the client is not connected")
+        # Stop strings are found here, so somebody has to look at the text as it comes.
+        each_token = not whole or bool(params.stop_strings)
+        return Generation(
+            self._session,
+            self._tokenizer,
+            self.card,
+            prompts,
+            params,
+            grammar="" if params.structured_outputs is None else await params.structured_outputs.compile(),
+            each_token=each_token,
+            timeout_s=timeout_s,
+        )
 
 
 class Client:

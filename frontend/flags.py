@@ -88,6 +88,7 @@ class Options:
     log_level: str
     log_format: str
     disable_log_stats: bool
+    trace: str | None
     enable_debug_endpoints: bool
 
 
@@ -243,7 +244,14 @@ def _supervision_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fake-executor", action=_SWITCH, default=False, help="made-up tokens: measures everything but the model"
     )
-    group.add_argument("--enable-debug-endpoints", action=_SWITCH, default=False, help="answer GET /debug/invariants")
+    group.add_argument(
+        "--enable-debug-endpoints", action=_SWITCH, default=False, help="GET /debug/invariants, POST /debug/trace"
+    )
+
+
+def _debug_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("looking inside")
+    group.add_argument("--trace", metavar="FILE", help="write a Perfetto trace of every step when the engine stops")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -262,6 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
         http_flags,
         _supervision_flags,
         _configuration_flags,
+        _debug_flags,
     )
     for add in groups:
         add(parser)

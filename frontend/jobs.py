@@ -1,4 +1,4 @@
-"""Running one HTTP request on the client: merging prompts, counting, streaming events, aborting when nobody listens.
+"""Running one HTTP request on the client: counting, streaming events, aborting when nobody listens.
 
 Called by the server's handlers. Knows no route and no request format: a Shape writes the answer.
 """
@@ -6,24 +6,22 @@ Called by the server's handlers. Knows no route and no request format: a Shape w
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from litestar import Response
 from litestar.types import Receive, Scope, Send
 
 from frontend.client import AsyncClient
+from frontend.generation import collect
 from frontend.openai import DONE, error_event
 from frontend.request import Chunk, GenerateParams
 from frontend.shapes import Shape, Usage, make_usage
 from ipc.errors import CancelledError, TandemError
 
 T = TypeVar("T")
-Event = tuple[int, Chunk]  # choice index over all prompts, and its next part
 
 _HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -77,61 +75,12 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 
 async def run_whole(client: AsyncClient, job: Job) -> bytes:
     """The JSON of the whole answer. The first prompt that fails ends the others and raises its error."""
-    tasks = [asyncio.ensure_future(client.generate(prompt, job.params)) for prompt in job.prompts]
-    try:
-        found = await asyncio.gather(*tasks)
-    finally:
-        await _cancel(*tasks)
-    choices = [
-        dataclasses.replace(choice, index=position * job.params.n + choice.index)
-        for position, completion in enumerate(found)
-        for choice in completion.choices
-    ]
-    generated = sum(completion.completion_tokens for completion in found)
-    usage = make_usage(job.prompt_tokens, generated, sum(completion.cached_tokens for completion in found))
+    n = job.params.n
+    found = await collect(await client.start(job.prompts, job.params, whole=True), n * len(job.prompts))
+    choices = [each.choice(index) for index, each in enumerate(found)]
+    generated = sum(len(choice.token_ids) for choice in choices)
+    usage = make_usage(job.prompt_tokens, generated, sum(each.cached_tokens for each in found[::n]))
     return job.shape.whole(choices, usage)
-
-
-async def run_stream(client: AsyncClient, job: Job) -> AsyncGenerator[Event, None]:
-    """The parts of all choices as they come. Closing it aborts what still runs."""
-    async with aclosing(_merged(client, job) if len(job.prompts) > 1 else _single(client, job)) as events:
-        async for event in events:
-            yield event
-
-
-async def _single(client: AsyncClient, job: Job) -> AsyncGenerator[Event, None]:
-    async with aclosing(client.stream(job.prompts[0], job.params)) as chunks:
-        async for chunk in chunks:
-            yield chunk.index, chunk
-
-
-async def _merged(client: AsyncClient, job: Job) -> AsyncGenerator[Event, None]:
-    # One place: a reader that lags holds back the streams, which coalesce by themselves.
-    queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue(maxsize=1)
-
-    async def pump(position: int, prompt: Sequence[int]) -> None:
-        try:
-            async with aclosing(client.stream(prompt, job.params)) as chunks:
-                async for chunk in chunks:
-                    await queue.put((position * job.params.n + chunk.index, chunk))
-        except Exception as error:  # raised again by the reader
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    pumps = [asyncio.ensure_future(pump(position, prompt)) for position, prompt in enumerate(job.prompts)]
-    running = len(pumps)
-    try:
-        while running:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        await _cancel(*pumps)
 
 
 class Tally:
@@ -142,9 +91,9 @@ class Tally:
         self._cached_tokens = [0] * len(job.prompts)
         self._completion_tokens = 0
 
-    def add(self, index: int, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk) -> None:
         self._completion_tokens += len(chunk.token_ids)
-        prompt, choice = divmod(index, self._job.params.n)
+        prompt, choice = divmod(chunk.index, self._job.params.n)
         if choice == 0:
             self._cached_tokens[prompt] = chunk.cached_tokens
 
@@ -152,12 +101,19 @@ class Tally:
         return make_usage(self._job.prompt_tokens, self._completion_tokens, sum(self._cached_tokens))
 
 
+class Source(Protocol):
+    """Where an event stream comes from: a Generation."""
+
+    async def chunks(self) -> list[Chunk]: ...
+    def close(self) -> None: ...
+
+
 class EventStream(Response[None]):
     """Server-sent events of one job. Made once its first part is here, so that earlier failures have a status."""
 
-    def __init__(self, job: Job, first: Event, rest: AsyncGenerator[Event, None]) -> None:
+    def __init__(self, job: Job, first: list[Chunk], source: Source) -> None:
         super().__init__(content=None)
-        self._job, self._first, self._rest = job, first, rest
+        self._job, self._first, self._source = job, first, source
 
     def to_asgi_response(self, app: Any, request: Any, **_: Any) -> Any:
         """Litestar's way to the ASGI application that answers: this object."""
@@ -170,17 +126,20 @@ class EventStream(Response[None]):
         except CancelledError:
             _log.debug("client left a stream")
         finally:
-            await self._rest.aclose()
+            self._source.close()
 
     async def _send_events(self, send: Send) -> None:
         shape, tally = self._job.shape, Tally(self._job)
-        index, chunk = self._first
-        tally.add(index, chunk)
+        data, chunks = shape.opening(), self._first
         try:
-            await _send_part(send, shape.opening() + shape.event(index, chunk))
-            async for index, chunk in self._rest:
-                tally.add(index, chunk)
-                await _send_part(send, shape.event(index, chunk))
+            while chunks:
+                for chunk in chunks:
+                    tally.add(chunk)
+                    data += shape.event(chunk.index, chunk)
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    data = b""
+                chunks = await self._source.chunks()
         except TandemError as error:
             ending = error_event(error)
         except Exception:
@@ -189,8 +148,3 @@ class EventStream(Response[None]):
         else:
             ending = shape.closing(tally.usage()) + DONE
         await send({"type": "http.response.body", "body": ending, "more_body": False})
-
-
-async def _send_part(send: Send, data: bytes) -> None:
-    if data:
-        await send({"type": "http.response.body", "body": data, "more_body": True})

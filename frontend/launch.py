@@ -18,6 +18,7 @@ from pathlib import Path
 from frontend import flags, model_files
 from frontend.children import Plumbing
 from frontend.supervisor import Supervisor, engine_roles
+from frontend.tracing import step_trace
 from ipc.auth import load_server_keys
 from ipc.clock import now_s
 from ipc.config import EngineConfig
@@ -137,28 +138,8 @@ def serve(options: flags.Options) -> int:
     listener = bind_http(options.host, options.port, options.uds) if options.frontends else None
     try:
         config = prepare(options)
-        plumbing = _make_plumbing(config, listener)
-        told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
-        print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
-
-        def announce(ready: SchedulerReady) -> None:
-            took_s = now_s() - started_s
-            places = [] if listener is None else [url_of(listener)]
-            places += [place for place in (ready.tcp_endpoint, plumbing.endpoints.frontend) if place]
-            where = " and ".join(places)
-            print(f"Serving {config.card.name} on {where} (ready in {took_s:.1f} s)", flush=True)
-
-        try:
-            return Supervisor(
-                config,
-                plumbing,
-                engine_roles(options.frontends, fake_executor=options.fake_executor),
-                shutdown_timeout_s=options.shutdown_timeout,
-                max_restarts=options.max_restarts,
-                on_ready=announce,
-            ).run()
-        finally:
-            plumbing.close()
+        with step_trace(options.trace, on_demand=options.enable_debug_endpoints) as trace:
+            return _supervise(options, config, listener, trace, started_s)
     finally:
         if listener is not None:
             listener.close()
@@ -166,9 +147,36 @@ def serve(options: flags.Options) -> int:
                 Path(options.uds).unlink(missing_ok=True)
 
 
-def _make_plumbing(config: EngineConfig, listener: socket.socket | None) -> Plumbing:
+def _supervise(
+    options: flags.Options, config: EngineConfig, listener: socket.socket | None, trace: int, started_s: float
+) -> int:
+    plumbing = _make_plumbing(config, listener, trace)
+    told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
+    print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
+
+    def announce(ready: SchedulerReady) -> None:
+        took_s = now_s() - started_s
+        places = [] if listener is None else [url_of(listener)]
+        places += [place for place in (ready.tcp_endpoint, plumbing.endpoints.frontend) if place]
+        where = " and ".join(places)
+        print(f"Serving {config.card.name} on {where} (ready in {took_s:.1f} s)", flush=True)
+
     try:
-        return Plumbing(config, listener)
+        return Supervisor(
+            config,
+            plumbing,
+            engine_roles(options.frontends, fake_executor=options.fake_executor),
+            shutdown_timeout_s=options.shutdown_timeout,
+            max_restarts=options.max_restarts,
+            on_ready=announce,
+        ).run()
+    finally:
+        plumbing.close()
+
+
+def _make_plumbing(config: EngineConfig, listener: socket.socket | None, trace: int) -> Plumbing:
+    try:
+        return Plumbing(config, listener, trace)
     except OSError as error:
         need_mib = 4 * (config.limits.plan_bytes + config.result_layout.nbytes) / (1 << 20)
         raise ConfigError(

@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from email.utils import formatdate
+from functools import partial
 from typing import Final
 
 import uvicorn
@@ -27,12 +28,14 @@ import ipc
 from frontend.client import AsyncClient
 from frontend.server import Service, make_app
 from frontend.tokenizer import Tokenizer
+from ipc.clock import now_ns
 from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, TandemError, UnavailableError
 from ipc.fault import read_fault
 from ipc.lifetime import check_one_place, enter_process, fail
 from ipc.logs import LogConfig, configure_logs
+from ipc.trace import Act, Trace, Track, open_trace
 
 _DATE_PERIOD_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 3600.0  # of one attempt; they repeat, since a model may load for long
@@ -101,6 +104,7 @@ async def serve(
     close_timeout_s: float,
     ready_bell: Doorbell | None = None,
     debug_endpoints: bool = False,
+    trace: Trace | None = None,
 ) -> None:
     """Serve HTTP on `listener` for the scheduler of `client` until SIGTERM (or SIGINT, if not ignored).
 
@@ -109,7 +113,7 @@ async def serve(
     service = Service(client, config)
     server = _HttpServer(
         uvicorn.Config(
-            make_app(service, debug_endpoints=debug_endpoints),
+            make_app(service, debug_endpoints=debug_endpoints, trace=trace),
             http="httptools",
             ws="none",
             loop="none",
@@ -152,18 +156,26 @@ def _run(service: Coroutine[None, None, None], log: LogConfig) -> int:
 def run(config: EngineConfig, channels: FrontendChannels) -> int:
     """The process that the launcher starts; returns its exit code."""
     enter_process("frontend", channels.parent_pipe, ipc, frontend)
-    fault = read_fault("frontend", channels.life)
+    fault, trace = read_fault("frontend", channels.life), open_trace(channels.trace)
+    client = AsyncClient(channels.scheduler, name="http", on_frame=fault.strike if fault.kind else None)
+    if trace is not None:
+        client.watch_fan_out(partial(_record_fan_out, trace, Track.FRONTEND + channels.index))
     return _run(
         serve(
-            AsyncClient(channels.scheduler, name="http", on_frame=fault.strike if fault.kind else None),
+            client,
             socket.socket(fileno=channels.listen_fd),
             config.http,
             close_timeout_s=_CLOSE_TIMEOUT_S,
             ready_bell=Doorbell(channels.ready_bell),
             debug_endpoints=config.debug_endpoints,
+            trace=trace,
         ),
         config.log,
     )
+
+
+def _record_fan_out(trace: Trace, track: int, start_ns: int, rows: int) -> None:
+    trace.span(track, Act.FAN_OUT, start_ns, now_ns(), 0, rows)
 
 
 def start(argv: Sequence[str]) -> int:

@@ -22,8 +22,9 @@ from litestar.exceptions import HTTPException
 from litestar.types import Message, Scope
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
+from frontend import debug
 from frontend.client import AsyncClient
-from frontend.jobs import EventStream, Job, run_stream, run_whole, while_connected
+from frontend.jobs import EventStream, Job, run_whole, while_connected
 from frontend.metrics import exposition, make_registry
 from frontend.openai import (
     MAX_BODY_BYTES,
@@ -46,6 +47,7 @@ from frontend.tools import parser_for, tool_use
 from ipc.config import HttpConfig
 from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
 from ipc.schema import Stats
+from ipc.trace import Trace
 
 AnyRequest = Request[Any, Any, Any]
 AnyResponse = Response[Any]
@@ -134,9 +136,13 @@ async def _answer(request: AnyRequest, job: Job, *, stream: bool) -> AnyResponse
     service = _service(request)
     if not stream:
         return _json(await while_connected(request.receive, run_whole(service.client, job)))
-    events = run_stream(service.client, job)
-    first = await while_connected(request.receive, anext(events))
-    return EventStream(job, first, events)
+    generation = await service.client.start(job.prompts, job.params)
+    try:
+        first = await while_connected(request.receive, generation.chunks())
+    except BaseException:
+        generation.close()
+        raise
+    return EventStream(job, first, generation)
 
 
 @post("/v1/completions")
@@ -361,8 +367,8 @@ async def add_request_id(message: Message, scope: Scope) -> None:
         message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
 
 
-def make_app(service: Service, *, debug_endpoints: bool = False) -> Litestar:
-    """The ASGI application; it uses `service` and owns nothing."""
+def make_app(service: Service, *, debug_endpoints: bool = False, trace: Trace | None = None) -> Litestar:
+    """The ASGI application; it uses `service` and owns nothing. `trace`: what a debug endpoint records."""
     return Litestar(
         route_handlers=[
             completions,
@@ -379,11 +385,12 @@ def make_app(service: Service, *, debug_endpoints: bool = False) -> Litestar:
             openapi,
             metrics,
             *([invariants] if debug_endpoints else []),
+            *([] if trace is None or not debug_endpoints else [debug.trace]),
         ],
         exception_handlers={Exception: to_error, HTTPException: to_error},
         before_send=[add_request_id],
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,
         logging_config=None,
-        state=State({"service": service}),
+        state=State({"service": service, "trace": trace}),
     )

@@ -107,6 +107,7 @@ class Session:
         self._stops: list[int] = []  # the same, of those that ended well
         self._replays: deque[Flight] = deque()  # open sequences it has still to be told of
         self._waiters: dict[type[Stats | Invariants], list[asyncio.Future[Any]]] = {Stats: [], Invariants: []}
+        self.on_fan_out: Callable[[int, int], None] | None = None  # (start, rows), once readers have had their turn
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -293,6 +294,7 @@ class Session:
         logprobs = {} if frame.logprobs is None else logprob_rows(frame.logprobs)
         ids, tokens = column(frame.request_id, np.int64), column(frame.token, np.int32)
         finishes = column(frame.finish, np.uint8)
+        start_ns = 0 if self.on_fan_out is None else now_ns()
         if not len(ids) == len(tokens) == len(finishes):
             raise ProtocolError(f"a Tokens frame of {len(ids)} ids, {len(tokens)} tokens, {len(finishes)} states")
         for row, request_id in enumerate(ids):
@@ -312,6 +314,8 @@ class Session:
             elif not flight.mailbox.each_token:
                 continue
             flight.mailbox.post(flight)
+        if self.on_fan_out is not None:
+            self._loop.call_soon(self.on_fan_out, start_ns, len(ids))
 
     def _on_scores(self, ids: list[int], rows: dict[int, LogprobRow]) -> None:
         if list(rows) != list(range(len(ids))):

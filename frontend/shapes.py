@@ -6,6 +6,7 @@ Called by the HTTP server, once a chunk: pure, and encoded once. A shape knows o
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
@@ -19,6 +20,8 @@ from frontend.tools import CallDelta, ToolParser, make_parser
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
 TokenBytes = Callable[[int, str], bytes]
 P = TypeVar("P", Chunk, Choice)
+_HOLE: Final = uuid.uuid4().hex  # stands for a text while the rest of its event is encoded; nobody can guess it
+_encode_json: Final = msgspec.json.Encoder().encode
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -117,6 +120,22 @@ class Echo(NamedTuple):
     first_token: str
 
 
+class PlainEvents:
+    """Events that say nothing but a piece of text: everything around it is encoded once a choice."""
+
+    def __init__(self, encode_with: Callable[[int, str], bytes]) -> None:
+        """`encode_with` gives the whole event of choice `index` with some text."""
+        self._encode_with = encode_with
+        self._around: dict[int, list[bytes]] = {}
+
+    def event(self, index: int, text: str) -> bytes:
+        around = self._around.get(index)
+        if around is None:
+            around = self._around[index] = self._encode_with(index, _HOLE).split(_HOLE.encode())
+            assert len(around) == 2, "the text stands once in its event"
+        return around[0] + _encode_json(text)[1:-1] + around[1]
+
+
 class CompletionShape:
     """/v1/completions. `prompts` are the token ids, `echoes` the prompts if they are to be repeated."""
 
@@ -136,6 +155,7 @@ class CompletionShape:
         self._prompts = prompts
         self._echoes = echoes
         self._written: dict[int, int] = {}  # characters so far, by choice
+        self._plain = PlainEvents(self._plain_event)
 
     def opening(self) -> bytes:
         return b""
@@ -170,8 +190,15 @@ class CompletionShape:
             self._echoes and index not in self._written
         ):
             return b""
+        if index in self._written and _is_plain(chunk) and not self._request.return_token_ids:
+            self._written[index] += len(chunk.text)
+            return self._plain.event(index, chunk.text)
         usage = None if self._request.include_usage else UNSET
         return sse(Body(**self._head, choices=[self._choice(index, chunk)], usage=usage))
+
+    def _plain_event(self, index: int, text: str) -> bytes:
+        usage = None if self._request.include_usage else UNSET
+        return sse(Body(**self._head, choices=[CompletionChoice(index=index, text=text)], usage=usage))
 
     def closing(self, usage: Usage) -> bytes:
         return sse(Body(**self._head, choices=[], usage=usage)) if self._request.include_usage else b""
@@ -204,6 +231,7 @@ class ChatShape:
         self._token_bytes = token_bytes
         self._tool_parser = tool_parser
         self._parsers: dict[int, ToolParser] = {}  # by choice
+        self._plain = PlainEvents(self._plain_event)
 
     def _read(self, index: int, part: P) -> tuple[P, list[CallDelta]]:
         """Take the tool calls out of the text of a part."""
@@ -232,8 +260,13 @@ class ChatShape:
         chunk, calls = self._read(index, chunk)
         if not calls and _says_nothing(chunk, bool(self._request.return_token_ids)):
             return b""
+        if not calls and _is_plain(chunk) and not self._request.return_token_ids:
+            return self._plain.event(index, chunk.text)
         delta = ChatText(content=chunk.text or UNSET, tool_calls=[_delta(call) for call in calls] or UNSET)
         return self._event(ChatChoice(index=index, delta=delta, **self._ending(chunk)))
+
+    def _plain_event(self, index: int, text: str) -> bytes:
+        return self._event(ChatChoice(index=index, delta=ChatText(content=text)))
 
     def _ending(self, part: Chunk | Choice) -> dict[str, Any]:
         return {
@@ -282,6 +315,11 @@ def _head(response_id: str, kind: str, created: int, model: str) -> dict[str, An
 def _says_nothing(chunk: Chunk, wants_ids: bool) -> bool:
     """Text may lag behind tokens while a character or a stop string is undecided; such a chunk is not sent."""
     return not (chunk.text or chunk.finish_reason or chunk.logprobs or (wants_ids and chunk.token_ids))
+
+
+def _is_plain(chunk: Chunk) -> bool:
+    """Whether a chunk has text and nothing else to say."""
+    return bool(chunk.text) and chunk.finish_reason is None and chunk.logprobs is None and chunk.prompt_logprobs is None
 
 
 def _finite(logprob: float) -> float:

@@ -84,6 +84,7 @@ class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
     result_ring: int
     result_bell: int
     control: str
+    trace: int = -1  # memory of the step trace; -1: nothing is traced
     parent_pipe: int  # reads end-of-file when the launcher dies
 
 
@@ -96,6 +97,7 @@ class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
     result_bell: int
     frontend: str  # endpoint to bind
     control: str  # endpoint to bind
+    trace: int = -1
     parent_pipe: int
     life: int = 0  # how many schedulers of this engine came before; their frontends come back
 
@@ -106,6 +108,8 @@ class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str  # endpoint to connect to
     listen_fd: int  # the bound HTTP socket, shared by all frontends
     ready_bell: int  # rung once when this frontend can serve
+    index: int = 0  # which frontend of this engine
+    trace: int = -1
     parent_pipe: int
     life: int = 0  # how many frontends were restarted before
 

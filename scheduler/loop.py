@@ -58,6 +58,7 @@ from ipc.schema import (
     encode,
 )
 from ipc.sockets import bind_router
+from ipc.trace import Act, Track, open_trace
 from scheduler.grammar import GrammarWorker
 from scheduler.invariants import take_invariants
 from scheduler.outbox import MAX_BACKLOG_ROWS
@@ -102,6 +103,7 @@ class Loop:
         self.grammars = GrammarWorker(config.card, self.grammar_bell)
         self.stop_bell = Doorbell.create()
         self.stopping = False
+        self.trace = open_trace(channels.trace)
         self.last_result_ns = 0
         self.next_check_ns = 0
         self.owes_drained = False
@@ -145,7 +147,9 @@ class Loop:
                 self.last_result_ns = start
                 self.fault.strike(self.state.counters.steps)
             self.result_ring.ack(seq)
-            self.state.counters.retire_ns += now_ns() - start
+            end = now_ns()
+            self.state.counters.retire_ns += end - start
+            self._record(Act.RETIRE, start, end, result.seq, len(result.token))
 
     def plan_ahead(self) -> None:
         """Fill the pipeline: plan until `depth` plans are in flight or no row can run."""
@@ -162,7 +166,13 @@ class Loop:
             self.plan_ring.publish(seq)
             for bell in self.plan_bells:
                 bell.ring()
-            state.counters.plan_ns += now_ns() - start
+            end = now_ns()
+            state.counters.plan_ns += end - start
+            self._record(Act.PLAN, start, end, plan.seq, plan.num_rows)
+
+    def _record(self, act: Act, start_ns: int, end_ns: int, step: int, rows: int) -> None:
+        if self.trace is not None:
+            self.trace.span(Track.SCHEDULER, act, start_ns, end_ns, step, rows)
 
     @property
     def _has_executor(self) -> bool:
@@ -215,11 +225,15 @@ class Loop:
             if peer is not None:
                 peer.outbox.started.append((request_id, cached))
         self.state.started.clear()
+        start, rows = now_ns(), 0
         for peer in self.peers:
             if peer.outbox and self._send(peer, peer.outbox.message()):
+                rows += peer.outbox.rows
                 peer.outbox.clear()
             elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
                 self._give_up(peer)
+        if rows:
+            self._record(Act.DELIVER, start, now_ns(), 0, rows)
 
     def _send(self, peer: Peer, message: Message) -> bool:
         """False if the frontend's socket is full. A frontend that is gone loses its requests."""
@@ -275,7 +289,8 @@ class Loop:
         """Handle messages for at most one helping of time; the poll wakes again for the rest."""
         if self.gatekeeper is not None:
             self.gatekeeper.answer()
-        deadline = now_ns() + MESSAGE_HELPING_NS
+        start, taken = now_ns(), 0
+        deadline = start + MESSAGE_HELPING_NS
         for socket, decode, handle in (
             (self.control, decode_control, self._on_control),
             (self.frontends, decode_frontend, self._on_frontend),
@@ -285,6 +300,7 @@ class Loop:
                     identity, *parts = socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
                     break
+                taken += 1
                 try:
                     if len(parts) != 1:
                         raise ProtocolError(f"a message of {len(parts)} parts, expected 1")
@@ -292,6 +308,8 @@ class Loop:
                 except ProtocolError as error:
                     self.state.counters.dropped_messages += 1
                     log.warning("message dropped: %s", error)
+        if taken:
+            self._record(Act.MESSAGES, start, now_ns(), 0, taken)
 
     def _on_frontend(self, identity: bytes, message: Any) -> None:
         if isinstance(message, Hello):

@@ -267,6 +267,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH, help="bytes/s (default: %(default)g)")
     parser.add_argument("--peak-flops", type=float, default=H200_FLOPS, help="(default: %(default)g)")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="step traces, FILE-depth1.json …, to plot_timeline.py"
+    )
     parser.add_argument("--json", type=Path, help="also write everything here")
     args, flags = parser.parse_known_args(argv)
     unknown = [name for name in (args.workload or "").split(",") if name and name not in WORKLOADS]
@@ -306,7 +309,9 @@ def main(argv: list[str] | None = None) -> None:
         env = {name: f"{caches}/{name.lower()}" for name in CACHES} if args.cold else {}
         for depth in map(int, args.depth.split(",")):
             target, extra = profile_env(args.profile, depth, plan, args.profile_steps) if args.profile else (None, {})
-            with running_engine([*chosen, "--pipeline-depth", str(depth), *flags], {**env, **extra}) as engine:
+            traced = ["--trace", f"{args.trace.with_suffix('')}-depth{depth}.json"] if args.trace else []
+            depth_flags = [*chosen, "--pipeline-depth", str(depth), *flags, *traced]
+            with running_engine(depth_flags, {**env, **extra}) as engine:
                 asyncio.run(measure(engine, depth, plan, args.sampled, limits, results))
             start = {"depth": depth, "ready_s": engine.ready_s, "phases": engine.phases, "engine": engine.description}
             results.starts.append(start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -442,14 +442,24 @@ def test_a_client_that_leaves_while_queued(http: httpx.Client, engine: Engine) -
 # --- a stream that fails, with a scripted source
 
 
-async def _chunks_then(error: Exception | None) -> AsyncGenerator[tuple[int, Chunk], None]:
-    yield 0, Chunk(0, "b", (2,), None, None, None, 0)
-    if error is not None:
-        raise error
-    yield 0, Chunk(0, "c", (3,), "stop", None, None, 0)
+class _ChunksThen:
+    """Two chunks, with `error` between them if there is one."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._parts = [Chunk(0, "b", (2,), None, None, None, 0), error or Chunk(0, "c", (3,), "stop", None, None, 0)]
+        self.closed = False
+
+    async def chunks(self) -> list[Chunk]:
+        part = self._parts.pop(0) if self._parts else None
+        if isinstance(part, Exception):
+            raise part
+        return [part] if part else []
+
+    def close(self) -> None:
+        self.closed = True
 
 
-def _run_stream(source: AsyncGenerator[tuple[int, Chunk], None], *, leave: bool = False) -> tuple[str, bool]:
+def _run_stream(source: _ChunksThen, *, leave: bool = False) -> tuple[str, bool]:
     """What is sent for "a" and then `source`, and whether `source` was closed."""
     request = CompletionRequest(prompt="x", stream=True)
     shape = CompletionShape(request, response_id="cmpl-1", created=1, model="m", prompts=[[1]], echoes=None)
@@ -466,17 +476,17 @@ def _run_stream(source: AsyncGenerator[tuple[int, Chunk], None], *, leave: bool 
             sent.append(message)
             await asyncio.sleep(0)
 
-        await EventStream(job, (0, Chunk(0, "a", (1,), None, None, None, 0)), source)({}, receive, send)  # type: ignore[typeddict-item]
+        await EventStream(job, [Chunk(0, "a", (1,), None, None, None, 0)], source)({}, receive, send)  # type: ignore[typeddict-item]
 
     asyncio.run(asyncio.wait_for(main(), WAIT_S))
     assert sent[0]["status"] == 200
     body = b"".join(message["body"] for message in sent[1:]).decode()
     assert leave or [message["more_body"] for message in sent[1:]][-1] is False
-    return body, source.ag_frame is None
+    return body, source.closed
 
 
 def test_a_whole_stream_ends_with_done() -> None:
-    body, closed = _run_stream(_chunks_then(None))
+    body, closed = _run_stream(_ChunksThen(None))
     parts = events(body)
     assert [part["choices"][0]["text"] for part in parts[:-1]] == ["a", "b", "c"]
     assert parts[-1] == "[DONE]"
@@ -493,7 +503,7 @@ def test_a_whole_stream_ends_with_done() -> None:
 def test_a_failure_after_200_is_an_error_event_without_finish_or_done(
     error: Exception, message: str, code: str
 ) -> None:
-    body, closed = _run_stream(_chunks_then(error))
+    body, closed = _run_stream(_ChunksThen(error))
     *parts, last = events(body)
     assert [part["choices"][0]["finish_reason"] for part in parts] == [None, None]
     assert (last["error"]["message"], last["error"]["code"]) == (message, code)
@@ -502,6 +512,6 @@ def test_a_failure_after_200_is_an_error_event_without_finish_or_done(
 
 
 def test_a_client_that_leaves_closes_the_source() -> None:
-    body, closed = _run_stream(_chunks_then(None), leave=True)
+    body, closed = _run_stream(_ChunksThen(None), leave=True)
     assert "DONE" not in body
     assert closed
