@@ -23,7 +23,7 @@ fi
 "$ROOT/.venv/bin/python" -P -m frontend.launch "$MODEL_DIR" --device cpu --dtype float32 --port 0 >"$WORK/engine.out" 2>"$WORK/engine.log" &
 engine=$!
 trap 'kill $engine 2>/dev/null && wait $engine; rm -rf "$WORK"' EXIT
-until grep -q "^Serving" "$WORK/engine.out"; do
+until grep -qs "^Serving" "$WORK/engine.out"; do
     kill -0 $engine 2>/dev/null || { cat "$WORK/engine.log"; exit 1; }
     sleep 0.2
 done
