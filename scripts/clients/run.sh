@@ -9,7 +9,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 HERE=$ROOT/scripts/clients
-ALL=(openai litellm langchain llm guidellm lm_eval schemathesis)
+ALL=(openai litellm langchain llm lm_eval schemathesis)
 MODEL=demo MODEL_DIR=$ROOT/models/demo WORK=$(mktemp -d)
 export ROOT MODEL MODEL_DIR WORK HF_HUB_OFFLINE=1 LITELLM_LOCAL_MODEL_COST_MAP=True
 
