@@ -151,11 +151,12 @@ def _supervise(
     options: flags.Options, config: EngineConfig, listener: socket.socket | None, trace: int, started_s: float
 ) -> int:
     plumbing = _make_plumbing(config, listener, trace)
-    told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
-    print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
 
     def announce(ready: SchedulerReady) -> None:
         took_s = now_s() - started_s
+        # Only now, so that a start that fails says one line: what is at fault.
+        told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
+        print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
         places = [] if listener is None else [url_of(listener)]
         places += [place for place in (ready.tcp_endpoint, plumbing.endpoints.frontend) if place]
         where = " and ".join(places)
