@@ -29,7 +29,7 @@ from tqdm import tqdm
 from executor.attention import PagedLayer
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
-from executor.linear import MAX_ROWS, Ahead, Linear, Scaled, SkinnyLinears, has_pdl, time_graph
+from executor.linear import MAX_ROWS, Linear, Scaled, SkinnyLinears, has_pdl, time_graph
 from executor.recognition import DecoderWeights, LayerWeights, NotRecognizedError
 
 if TYPE_CHECKING:
@@ -81,19 +81,16 @@ class FusedDecoder:
 
     def choose_few_rows(self, forward: Callable[[int], torch.Tensor]) -> None:
         """Settle up to how many rows `linear_kernel` wins; `forward(rows)` runs a step of decode rows, capturable."""
-        for rows in (MAX_ROWS, MAX_ROWS // 2, MAX_ROWS // 4):
+        for rows in (MAX_ROWS, MAX_ROWS // 2):
             seconds = {}
             for self.few_rows in (0, rows):
                 seconds[self.few_rows] = time_graph(lambda rows=rows: forward(rows))  # type: ignore[misc]
             if seconds[rows] <= seconds[0]:
                 return
-        self.few_rows = MAX_ROWS // 8
+        self.few_rows = MAX_ROWS // 4
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`.
-
-        The backend has begun the step.
-        """
+        """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`. The backend has begun."""
         is_decode = inputs.num_rows == inputs.num_decode
         if max(inputs.num_tokens, len(inputs.last_index)) <= self.few_rows:  # rows and scores may be more than tokens
             return self._forward_few(inputs, None if is_decode else inputs.last_index)
@@ -103,14 +100,11 @@ class FusedDecoder:
         skinny = self._skinny
         x, scaled = self._embed_scaled(inputs)
         for i, layer in enumerate(self._weights.layers):
-            o, gate_up, down = self._o[i], self._gate_up[i], self._down[i]
-            after = self._qkv[i + 1] if i + 1 < len(self._qkv) else self._head
-            ahead = skinny.ahead(o, len(x))
-            attended = self._attend(i, layer, skinny(self._qkv[i], scaled), inputs, ahead)
-            x, scaled = skinny.add(o, attended, x, layer.mlp_norm.gain, layer.mlp_norm.eps, gate_up)
-            hidden = skinny(gate_up, scaled, down)
+            attended = self._attend(i, layer, skinny(self._qkv[i], scaled), inputs)
+            x, scaled = skinny.add(self._o[i], attended, x, layer.mlp_norm.gain, layer.mlp_norm.eps)
+            hidden = skinny(self._gate_up[i], scaled)
             norm = self._next_norm[i]
-            x, scaled = skinny.add(down, hidden, x, norm.gain, norm.eps, after)
+            x, scaled = skinny.add(self._down[i], hidden, x, norm.gain, norm.eps)
         if last is not None:
             scaled = Scaled(scaled.value[last], scaled.square[:, last].contiguous(), scaled.eps)
         return skinny(self._head, scaled)
@@ -118,15 +112,13 @@ class FusedDecoder:
     def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         x, normed = self._embed_normed(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, layer, F.linear(normed, layer.qkv, layer.qkv_bias), inputs, Ahead())
+            attended = self._attend(i, layer, F.linear(normed, layer.qkv, layer.qkv_bias), inputs)
             self._add_norm(x, F.linear(attended, layer.o), layer.mlp_norm, normed)
             hidden = self._gate(F.linear(normed, layer.gate_up))
             self._add_norm(x, F.linear(hidden, layer.down), self._next_norm[i], normed)
         return F.linear(normed if last is None else normed[last], self._head.weight)
 
-    def _attend(
-        self, index: int, weights: LayerWeights, qkv: torch.Tensor, inputs: StepInputs, ahead: Ahead
-    ) -> torch.Tensor:
+    def _attend(self, index: int, weights: LayerWeights, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""
         layer = self._layers[index]
         spec, tokens = layer.spec, len(qkv)
@@ -154,7 +146,7 @@ class FusedDecoder:
             num_warps=1 if heads * spec.k_dim <= 512 else 4,
             launch_pdl=self._pdl,
         )
-        return self._backend.read(layer, query, pdl=self._pdl, ahead=ahead).view(tokens, -1)
+        return self._backend.read(layer, query, pdl=self._pdl).view(tokens, -1)
 
     def _embed_scaled(self, inputs: StepInputs) -> tuple[torch.Tensor, Scaled]:
         x, scaled, square = self._embed(inputs, normed=False)

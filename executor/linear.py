@@ -23,12 +23,10 @@ from executor.linear_kernels import linear_kernel
 
 _CUDA: Final[Any] = torch.cuda  # untyped in part
 
-MAX_ROWS: Final = 128  # more rows fill the tensor cores, which cuBLAS does well
+MAX_ROWS: Final = 64  # more rows fill the tensor cores, which cuBLAS does well
 _PROGRAMS: Final = 96  # fewer programs cannot draw the memory's full bandwidth
 _SHARED_BYTES: Final = 200 << 10  # of one multiprocessor, with room for what the compiler adds
 _MAX_SPLITS: Final = 32
-_AHEAD_BYTES: Final = 8 << 20  # of the L2 cache, for the weights of the next product
-_MOST_LINES: Final = 1024
 _ROUNDS: Final = 5
 # (output features, input features, multiple of the programs needed, one program a multiprocessor) worth measuring.
 _CUTS: Final = (
@@ -77,32 +75,6 @@ class Scaled:
     value: torch.Tensor  # [rows, width]
     square: torch.Tensor  # float32 [parts, rows], sums of squares before the gain; parts add up
     eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """The weight that the next product reads, and the columns it reads first: the head of each of its shares."""
-
-    weight: torch.Tensor | None = None  # [rows, k]
-    splits: int = 1
-    columns: int = 64
-
-    def options(self, programs: int) -> dict[str, int]:
-        """What a kernel of `programs` programs is told of it."""
-        if self.weight is None:
-            return dict(ahead_rows=1, ahead_k=1, ahead_splits=1, ahead_columns=64, ahead_lines=0)
-        rows, k = self.weight.shape
-        lines = triton.cdiv(rows * self.splits * self.columns // 64, programs)
-        return dict(
-            ahead_rows=rows,
-            ahead_k=k,
-            ahead_splits=self.splits,
-            ahead_columns=self.columns,
-            ahead_lines=min(_MOST_LINES, triton.next_power_of_2(lines)),
-        )
-
-
-_NOTHING: Final = Ahead()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,31 +151,17 @@ class SkinnyLinears:
         self._partial = torch.empty(scratch, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
 
-    def ahead(self, linear: Linear, rows: int) -> Ahead:
-        """What the kernel before `linear` may bring into the L2 cache, no more than stays there."""
-        tile = self._tile(linear, rows)
-        share = linear.k // tile.splits
-        columns = _AHEAD_BYTES // (2 * len(linear.weight) * tile.splits)
-        columns = min(columns, share)
-        if not self._pdl or columns < 64:
-            return Ahead()
-        return Ahead(linear.weight, tile.splits, 1 << (columns.bit_length() - 1))
-
-    def __call__(self, linear: Linear, x: torch.Tensor | Scaled, then: Linear | None = None) -> torch.Tensor:
-        """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated.
-
-        `then` is the layer whose weight is read next.
-        """
+    def __call__(self, linear: Linear, x: torch.Tensor | Scaled) -> torch.Tensor:
+        """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated."""
         value = x.value if isinstance(x, Scaled) else x
         out = value.new_empty(len(value), linear.n)
-        ahead = Ahead() if then is None else self.ahead(then, len(value))
-        self._launch(linear, x, self._tile(linear, len(value)), out=out, ahead=ahead)
+        self._launch(linear, x, self._tile(linear, len(value)), out=out)
         return out
 
     def add(
-        self, linear: Linear, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float, then: Linear
+        self, linear: Linear, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, Scaled]:
-        """residual + x @ weight.T, and the same on its way through the norm that follows, to `then`."""
+        """residual + x @ weight.T, and the same on its way through the norm that follows."""
         rows, tile = len(x), self._tile(linear, len(x))
         out = torch.empty_like(residual)
         scaled = Scaled(
@@ -211,8 +169,7 @@ class SkinnyLinears:
             torch.empty(linear.n // tile.block_n, rows, dtype=torch.float32, device=x.device),
             eps,
         )
-        ahead = self.ahead(then, rows)
-        self._launch(linear, x, tile, out=out, residual=residual, gain=gain, scaled=scaled, ahead=ahead)
+        self._launch(linear, x, tile, out=out, residual=residual, gain=gain, scaled=scaled)
         return out, scaled
 
     def _tile(self, linear: Linear, rows: int) -> Tile:
@@ -228,9 +185,8 @@ class SkinnyLinears:
         residual: torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
         scaled: Scaled | None = None,
-        ahead: Ahead = _NOTHING,
     ) -> None:
-        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, ahead)
+        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled)
         linear_kernel[(linear.n // tile.block_n * tile.splits,)](*arguments, **options)
 
     def _arguments(
@@ -242,7 +198,6 @@ class SkinnyLinears:
         residual: torch.Tensor | None,
         gain: torch.Tensor | None,
         scaled: Scaled | None,
-        ahead: Ahead,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value, square, eps = (x.value, x.square, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
         parts = 0 if square is None else len(square)
@@ -259,7 +214,6 @@ class SkinnyLinears:
             None if scaled is None else scaled.square,
             self._partial,
             self._arrived,
-            ahead.weight,
             rows,
             value.stride(0),
             eps,
@@ -278,7 +232,6 @@ class SkinnyLinears:
             has_bias=linear.bias is not None,
             has_residual=residual is not None,
             prefetch=tile.prefetch,
-            **ahead.options(linear.n // tile.block_n * tile.splits),
             pdl=self._pdl,
             num_warps=tile.warps,
             launch_pdl=self._pdl,
@@ -312,7 +265,7 @@ class SkinnyLinears:
         options = candidates(shape)
         with AsyncCompileMode(pool, ignore_errors=True):
             for tile in options:
-                arguments, constants = self._arguments(linears[0], x, tile, out, None, None, None, _NOTHING)
+                arguments, constants = self._arguments(linears[0], x, tile, out, None, None, None)
                 linear_kernel.warmup(*arguments, grid=(1,), **constants)
 
         def seconds(tile: Tile) -> float:
@@ -330,7 +283,8 @@ class SkinnyLinears:
 
 def _shapes(linears: Sequence[Linear]) -> list[Shape]:
     kinds = dict.fromkeys((linear.n, linear.k, linear.gated) for linear in linears)
-    return [Shape(*kind, size) for kind in kinds for size in (16, 32, 64, MAX_ROWS)]
+    sizes = [size for size in (16, 32, 64) if size <= MAX_ROWS]
+    return [Shape(*kind, size) for kind in kinds for size in sizes]
 
 
 def _scratch(shape: Shape, tile: Tile) -> int:

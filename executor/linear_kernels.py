@@ -22,26 +22,6 @@ def _prefetch(pointer):
 
 
 @triton.jit
-def prefetch_share(
-    weight,  # [rows, k]: what the next product reads
-    program,
-    rows: tl.constexpr,
-    k: tl.constexpr,
-    splits: tl.constexpr,
-    columns: tl.constexpr,  # of each share of a row, those that are read first
-    lines: tl.constexpr,  # a program's part
-):
-    """Bring a part of the next weights into the L2 cache, while memory would idle between two kernels."""
-    each: tl.constexpr = columns // 64
-    line = program * lines + tl.arange(0, lines)
-    row = line // (splits * each)
-    share = line // each % splits
-    # Past the end every lane asks for the last row: a line more costs nothing, and no address is wrong.
-    row = tl.minimum(row, rows - 1).to(tl.int64)
-    _prefetch(weight + row * k + share * (k // splits) + line % each * 64)
-
-
-@triton.jit
 def _product(
     x, weight, rows, x_row, first_n, first_k, share,
     k: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, stages: tl.constexpr,
@@ -83,7 +63,6 @@ def linear_kernel(
     square_out,  # float32 [tiles, rows]
     partial,  # float32 [tiles, splits, 1 or 2 if gated, block_n, block_m]
     counter,  # int32 [tiles], zero before and after
-    ahead,  # [ahead_rows, ahead_k]: the weight of the product after this one
     rows,
     x_row,
     eps,
@@ -100,11 +79,6 @@ def linear_kernel(
     has_bias: tl.constexpr,
     has_residual: tl.constexpr,
     prefetch: tl.constexpr,  # input features of each weight row to ask for before the input is there
-    ahead_rows: tl.constexpr,
-    ahead_k: tl.constexpr,
-    ahead_splits: tl.constexpr,
-    ahead_columns: tl.constexpr,
-    ahead_lines: tl.constexpr,  # 0: nothing is known of what comes next
     pdl: tl.constexpr,
 ):
     """out = x @ weight.T, rows divided by their root mean square if `parts`; silu(gate) * up if gated; plus `residual`.
@@ -145,8 +119,6 @@ def linear_kernel(
     acc, up = _product(
         x, weight, rows, x_row, first_n, split * share, share, k, block_m, block_n, block_k, stages, n_offset, gated
     )  # fmt: skip
-    if ahead_lines > 0:
-        prefetch_share(ahead, tl.program_id(0), ahead_rows, ahead_k, ahead_splits, ahead_columns, ahead_lines)
     is_last = True
     if splits > 1:
         size: tl.constexpr = block_n * block_m

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from executor.linear_kernels import prefetch_share
-
 _NEVER = tl.constexpr(-1.0e30)  # a score that no key reaches; not -inf, whose difference with itself is NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -201,7 +199,6 @@ def decode_kernel(
     partial_lse,  # [items, q_heads], base 2
     arrived,  # int32 [rows, kv_heads], zero before and after
     sinks,  # [q_heads]
-    ahead,  # [ahead_rows, ahead_k]: the weight that is read next
     out,  # [rows, q_heads, v_dim]
     scale,
     cap,
@@ -216,11 +213,6 @@ def decode_kernel(
     v_dim: tl.constexpr,
     k_pad: tl.constexpr,
     v_pad: tl.constexpr,
-    ahead_rows: tl.constexpr,
-    ahead_k: tl.constexpr,
-    ahead_splits: tl.constexpr,
-    ahead_columns: tl.constexpr,
-    ahead_lines: tl.constexpr,
     page: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -273,15 +265,13 @@ def decode_kernel(
         for first in tl.range(start, stop, block_n, num_stages=stages):
             token = first + lane_n
             place = (block.to(tl.int64) * page + token % page) * kv_heads + head
-            following = token + block_n
-            block = tl.load(table + following // page, mask=following < stop, other=0)
+            ahead = token + block_n
+            block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
             k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
             v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
             scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
             scores = tl.where((token < stop)[None, :], scores, _NEVER)
             top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
-        if ahead_lines > 0:
-            prefetch_share(ahead, tl.program_id(0), ahead_rows, ahead_k, ahead_splits, ahead_columns, ahead_lines)
         result = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
         stored = in_group[:, None] & (lane_v < v_dim)[None, :]
         row_out = out + row * (kv_heads * group) * v_dim

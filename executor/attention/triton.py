@@ -16,9 +16,7 @@ import triton
 from executor.attention import LayerSpec, PagedLayer
 from executor.attention.kernels import decode_kernel, prefill_kernel, split_kernel, write_kv_kernel
 from executor.inputs import StepInputs
-from executor.linear import Ahead
 
-_NOTHING: Final = Ahead()
 _LOG2E: Final = math.log2(math.e)
 _NO_WINDOW: Final = 1 << 30
 _PROGRAMS_PER_SM: Final = 2  # decode programs that run at once on one multiprocessor
@@ -109,22 +107,14 @@ class TritonBackend:
         return self.read(layer, query, sinks)
 
     def read(
-        self,
-        layer: PagedLayer,
-        query: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-        pdl: bool = False,
-        ahead: Ahead = _NOTHING,
+        self, layer: PagedLayer, query: torch.Tensor, sinks: torch.Tensor | None = None, pdl: bool = False
     ) -> torch.Tensor:
-        """`attend` for keys and values that are in their pages already. `pdl`: start while the kernel before ends.
-
-        `ahead` is the weight that is read next.
-        """
+        """`attend` for keys and values that are in their pages already. `pdl`: start while the kernel ahead ends."""
         inputs, spec = self._inputs, layer.spec
         assert inputs is not None, "read before begin"
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
         if inputs.num_decode:
-            self._decode(layer, inputs, query, sinks, out, pdl, ahead)
+            self._decode(layer, inputs, query, sinks, out, pdl)
         if inputs.num_rows > inputs.num_decode:
             _prefill(layer, inputs, query, sinks, out)
         return out
@@ -137,7 +127,6 @@ class TritonBackend:
         sinks: torch.Tensor | None,
         out: torch.Tensor,
         pdl: bool,
-        ahead: Ahead,
     ) -> None:
         spec, rows = layer.spec, inputs.num_decode
         work = self._work[spec.window, spec.kv_heads]
@@ -159,7 +148,6 @@ class TritonBackend:
             self._partial_lse,
             self._arrived,
             query if sinks is None else sinks,
-            ahead.weight,
             out,
             *_scales(spec),
             work.window,
@@ -167,7 +155,6 @@ class TritonBackend:
             query.stride(1),
             inputs.block_table.stride(0),
             **_dims(spec),
-            **ahead.options(_multiprocessors(query.device)),
             page=self._block_size,
             block_m=max(16, triton.next_power_of_2(spec.group)),
             block_n=block_n,

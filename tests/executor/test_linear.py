@@ -24,7 +24,7 @@ _DEVICE = torch.device("cuda" if _ON_GPU else "cpu")
 _DTYPE = torch.bfloat16 if _ON_GPU else torch.float32
 _LIMIT = 4e-3 if _ON_GPU else 1e-5
 _SHAPES = [(256, 128), (384, 1024), (2048, 640)] if _ON_GPU else [(128, 256)]
-_ROWS = [1, 3, 16, 17, 32, 33, 64, 65, 128] if _ON_GPU else [1, 17]
+_ROWS = [1, 3, 16, 17, 32, 33, 64] if _ON_GPU else [1, 17]
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -80,7 +80,7 @@ def test_adding_prepares_the_next_norm(shape: tuple[int, int]) -> None:
         want = residual.double() + x.double() @ linear.weight.double().T
         for tile in candidates(Shape(n, k, False, block_m(rows))):
             skinny._tiles[Shape(n, k, False, block_m(rows))] = tile
-            out, scaled = skinny.add(linear, x, residual, gain, 1e-6, linear)
+            out, scaled = skinny.add(linear, x, residual, gain, 1e-6)
             assert error(out, want) < _LIMIT, (rows, tile)
             assert error(scaled.value, out.double() * gain.double()) < _LIMIT
             assert error(scaled.square.sum(0), (out.double() ** 2).sum(1)) < 1e-5
@@ -108,8 +108,8 @@ def test_tuning_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first, second = SkinnyLinears(linears, _DEVICE), SkinnyLinears(linears, _DEVICE)
     first.tune(linears, progress)
     second.tune(linears, progress)
-    assert measured == [4, 0]
+    assert measured == [3, 0]
     assert first._tiles == second._tiles
     next((tmp_path / "tandem-engine").iterdir()).write_text('{"256x512m16": {"block_n": 7}}')
     SkinnyLinears(linears, _DEVICE).tune(linears, progress)
-    assert measured == [4, 0, 4], "what cannot be read is measured anew"
+    assert measured == [3, 0, 3], "what cannot be read is measured anew"
