@@ -90,7 +90,10 @@ class FusedDecoder:
         self.few_rows = MAX_ROWS // 4
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`. The backend has begun."""
+        """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`.
+
+        The backend has begun the step.
+        """
         is_decode = inputs.num_rows == inputs.num_decode
         if max(inputs.num_tokens, len(inputs.last_index)) <= self.few_rows:  # rows and scores may be more than tokens
             return self._forward_few(inputs, None if is_decode else inputs.last_index)
