@@ -79,12 +79,13 @@ class FusedDecoder:
             self._linears, lambda shapes: iter(tqdm(shapes, desc="tuning linear layers", unit="shape", disable=None))
         )
 
-    def choose_few_rows(self, forward: Callable[[int], torch.Tensor]) -> None:
+    def choose_few_rows(self, forward: Callable[[int], torch.Tensor], max_rows: int) -> None:
         """Settle up to how many rows `linear_kernel` wins; `forward(rows)` runs a step of decode rows, capturable."""
         for rows in (MAX_ROWS, MAX_ROWS // 2):
             seconds = {}
+            timed = min(rows, max_rows)
             for self.few_rows in (0, rows):
-                seconds[self.few_rows] = time_graph(lambda rows=rows: forward(rows))  # type: ignore[misc]
+                seconds[self.few_rows] = time_graph(lambda timed=timed: forward(timed))  # type: ignore[misc]
             if seconds[rows] <= seconds[0]:
                 return
         self.few_rows = MAX_ROWS // 4

@@ -72,3 +72,30 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch
             clear = best[:, 0] - best[:, 1] > (_MARGIN if _ON_GPU else 1e-3)
             assert clear.any()
             assert torch.equal(torch.tensor(ids)[clear], want.argmax(-1)[clear])
+
+
+def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executor import decoder as decoder_module
+
+    save_model(tmp_path, ARCHITECTURES["llama"][0], ARCHITECTURES["llama"][1] | _WIDER)
+    decoder = fused(tmp_path, monkeypatch).decoder
+    assert decoder is not None
+    ran: list[tuple[int, int]] = []
+
+    def forward(rows: int) -> torch.Tensor:
+        ran.append((rows, decoder.few_rows))
+        return torch.empty(0)
+
+    def slower_with_few(run: Any) -> float:
+        run()
+        return float(decoder.few_rows)
+
+    monkeypatch.setattr(decoder_module, "time_graph", slower_with_few)
+    decoder.choose_few_rows(forward, 40)
+    assert ran == [(40, 0), (40, 64), (32, 0), (32, 32)]
+    assert decoder.few_rows == 16
+    monkeypatch.setattr(decoder_module, "time_graph", lambda run: -slower_with_few(run))
+    decoder.choose_few_rows(forward, 8)
+    assert (ran[4:], decoder.few_rows) == ([(8, 0), (8, 64)], 64)
