@@ -15,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import setproctitle
 import yaml
 
+from frontend.digests import digest
 from frontend.flag_sources import config_file, from_environ, from_file
 from frontend.tools import PARSERS
 from ipc.config import MAX_DEPTH, EngineConfig, HttpConfig
@@ -62,6 +64,9 @@ class Options:
     uds: str | None
     frontends: int
     max_num_queued_reqs: int
+    api_key: tuple[str, ...]  # digests
+    api_key_file: str | None
+    isolate_api_keys: bool
     frontend_endpoint: str | None
     auth_keys: str | None
     max_num_seqs: int
@@ -204,6 +209,24 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile", action=_SWITCH, help="compile the decoder layers (default: on CUDA)")
 
 
+def _api_key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return digest(text)
+
+
+def hide_api_keys(program: str, argv: Sequence[str]) -> None:
+    """Keep the keys of a command line out of `ps`. Anyone could read them until now: a file is safer."""
+    shown, value_is_key = [], False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        is_flag = name.replace("_", "-") == "--api-key"
+        shown.append("***" if value_is_key else f"{name}=***" if is_flag and equals else argument)
+        value_is_key = is_flag and not equals
+    if shown != list(argv):
+        setproctitle.setproctitle(" ".join((program, *shown)))
+
+
 def http_flags(parser: argparse.ArgumentParser) -> None:
     """What every serving frontend has a say in: also flags of `engine-frontend`."""
     group = parser.add_argument_group("serving")
@@ -213,6 +236,16 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shutdown-timeout", type=_number(0), default=30.0, metavar="S", help="for open requests at SIGTERM"
     )
+    group.add_argument(
+        "--api-key",
+        action="append",
+        type=_api_key,
+        default=[],
+        metavar="KEY",
+        help="needed to use the API; may be repeated. A file, or ENGINE_API_KEY in the environment, is safer",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="a key a line")
+    group.add_argument("--isolate-api-keys", action=_SWITCH, default=False, help="keys share no cached prefixes")
     group.add_argument(
         "--metrics-prefix", type=_metrics_prefix, default="engine", metavar="NAME", help="vllm: for its dashboards"
     )
@@ -322,6 +355,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
         flag = "--async-scheduling" if is_async else "--no-async-scheduling"
         raise ConfigError(f"--pipeline-depth: {depth} contradicts {flag}")
     _check_endpoint(values["frontend_endpoint"], values["auth_keys"])
+    values["api_key"] = tuple(values["api_key"])
     values["pipeline_depth"] = depth or (1 if is_async is False else 2)
     return Options(**values)
 
@@ -339,12 +373,17 @@ def _apply(parser: argparse.ArgumentParser, arguments: list[str], namespace: arg
 def changed(options: Options) -> dict[str, Any]:
     """The options that are not the defaults, by flag."""
     default = asdict(parse([options.model]))
-    return {_flag_of(name): value for name, value in asdict(options).items() if value != default[name]}
+    return {_flag_of(name): value for name, value in _told(options).items() if value != default[name]}
+
+
+def _told(options: Options) -> dict[str, Any]:
+    """The options that may be shown."""
+    return {name: value for name, value in asdict(options).items() if name not in ("api_key", "print_config")}
 
 
 def as_yaml(options: Options) -> str:
     """All options as a file for --config."""
-    values = {_flag_of(name): value for name, value in asdict(options).items() if name != "print_config"}
+    values = {_flag_of(name): value for name, value in _told(options).items()}
     return str(yaml.safe_dump(values, sort_keys=False))
 
 
@@ -371,7 +410,9 @@ def _read_template(path: str) -> str:
         raise ConfigError(f"{path} is not readable: {error}", param="--chat-template") from error
 
 
-def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfig:
+def engine_config(
+    options: Options, card: ModelCard, device: str, api_key_digests: tuple[str, ...] = ()
+) -> EngineConfig:
     """The configuration of the engine's processes, with the choices that depend on the device made."""
     budget_tokens = options.max_num_batched_tokens or (8192 if device == "cuda" else 2048)
     return EngineConfig(
@@ -397,13 +438,13 @@ def engine_config(options: Options, card: ModelCard, device: str) -> EngineConfi
         frontend_endpoint=options.frontend_endpoint or "",
         auth_keys=options.auth_keys or "",
         debug_endpoints=options.enable_debug_endpoints,
-        http=http_config(options),
+        http=http_config(options, api_key_digests),
         log=LogConfig(level=options.log_level, json=options.log_format == "json"),
         log_stats=not options.disable_log_stats,
     )
 
 
-def http_config(options: Options | argparse.Namespace) -> HttpConfig:
+def http_config(options: Options | argparse.Namespace, api_key_digests: tuple[str, ...]) -> HttpConfig:
     """What `http_flags` said."""
     return HttpConfig(
         watchdog_timeout_s=options.watchdog_timeout,
@@ -411,4 +452,6 @@ def http_config(options: Options | argparse.Namespace) -> HttpConfig:
         metrics_prefix=options.metrics_prefix,
         chat_template=None if options.chat_template is None else _read_template(options.chat_template),
         tool_call_parser=options.tool_call_parser,
+        api_key_digests=api_key_digests,
+        isolate_api_keys=options.isolate_api_keys,
     )

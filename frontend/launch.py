@@ -17,6 +17,7 @@ from pathlib import Path
 
 from frontend import flags, model_files
 from frontend.children import Plumbing
+from frontend.digests import collect_digests
 from frontend.supervisor import Supervisor, engine_roles
 from frontend.tracing import step_trace
 from ipc.auth import load_server_keys
@@ -116,7 +117,8 @@ def prepare(options: flags.Options) -> EngineConfig:
     )
     if weights:
         model_files.check_weights(folder)
-    return flags.engine_config(options, card, device)
+    api_keys = collect_digests(options.api_key, options.api_key_file, os.environ)
+    return flags.engine_config(options, card, device, api_keys)
 
 
 def _sampling_defaults(source: str, folder: Path) -> dict[str, float]:
@@ -189,8 +191,10 @@ def _make_plumbing(config: EngineConfig, listener: socket.socket | None, trace: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `engine-launch`."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags.hide_api_keys("engine-launch", argv)
     try:
-        options = flags.parse(sys.argv[1:] if argv is None else argv, os.environ)
+        options = flags.parse(argv, os.environ)
         if options.print_config:
             print(flags.as_yaml(options), end="")
             return 0

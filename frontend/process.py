@@ -12,20 +12,24 @@ import contextlib
 import gc
 import itertools
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from email.utils import formatdate
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 import uvloop
 
 import frontend
 import ipc
+from frontend.api_keys import ApiKeyGuard
 from frontend.client import AsyncClient
+from frontend.digests import collect_digests
+from frontend.http_protocol import LimitedHttp
 from frontend.server import Service, make_app
 from frontend.tokenizer import Tokenizer
 from ipc.clock import now_ns
@@ -111,10 +115,13 @@ async def serve(
     Then no new connection is taken, and open responses have `close_timeout_s` seconds before they end with an error.
     """
     service = Service(client, config)
+    app: Any = make_app(service, debug_endpoints=debug_endpoints, trace=trace)
+    if config.api_key_digests:
+        app = ApiKeyGuard(app, config.api_key_digests, isolate=config.isolate_api_keys)
     server = _HttpServer(
         uvicorn.Config(
-            make_app(service, debug_endpoints=debug_endpoints, trace=trace),
-            http="httptools",
+            app,
+            http=LimitedHttp,
             ws="none",
             loop="none",
             lifespan="off",
@@ -190,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from frontend import flags
     from frontend.launch import bind_http, url_of
 
+    argv = sys.argv[1:] if argv is None else argv
+    flags.hide_api_keys("engine-frontend", argv)
     parser = flags.FlagParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the scheduler's, such as ipc:///tmp/…")
     parser.add_argument("--auth-keys", metavar="DIR", help="key folder of this client, for a tcp endpoint")
@@ -198,11 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     flags.http_flags(parser)
     try:
-        options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        options = parser.parse_args(argv)
+        digests = collect_digests(options.api_key, options.api_key_file, os.environ)
         check_one_place(ipc, frontend)
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         client = AsyncClient(options.connect, name="http", tokenizer=tokenizer, auth_keys=options.auth_keys)
-        config = flags.http_config(options)
+        config = flags.http_config(options, digests)
         listener = bind_http(options.host, options.port, None)
     except ConfigError as error:
         return fail("engine-frontend", error)

@@ -6,6 +6,8 @@ anything but OpenAI's error object.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import re
 import time
@@ -41,6 +43,7 @@ from frontend.openai import (
     prompts_of,
 )
 from frontend.openapi import make_document
+from frontend.request import GenerateParams
 from frontend.shapes import ChatShape, CompletionShape, Echo
 from frontend.tokenizer import Tokenizer
 from frontend.tools import parser_for, tool_use
@@ -56,6 +59,7 @@ _JSON: Final = "application/json"
 _RETRY_AFTER: Final = {429: "1", 503: "1"}  # seconds
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 _STATS_TIMEOUT_S: Final = 1.0
+TENANT: Final = "tenant"  # in a scope's state: whose request it is, if its API key tells
 _log: Final = logging.getLogger(__name__)
 
 
@@ -145,13 +149,22 @@ async def _answer(request: AnyRequest, job: Job, *, stream: bool) -> AnyResponse
     return EventStream(job, first, generation)
 
 
+def _of_tenant(request: AnyRequest, params: GenerateParams) -> GenerateParams:
+    """With a salt that no other tenant can choose, if tenants are told apart."""
+    tenant = request.scope["state"].get(TENANT)
+    if tenant is None:
+        return params
+    salt = hashlib.sha256(f"{tenant}:{params.cache_salt}".encode()).hexdigest()
+    return dataclasses.replace(params, cache_salt=salt)
+
+
 @post("/v1/completions")
 async def completions(request: AnyRequest) -> AnyResponse:
     service = _service(request)
     asked = decode_body(await request.body(), CompletionRequest)
     service.require_ready()
     service.require_model(asked.model)
-    params = completion_params(asked, service.client.card.sampling_defaults)
+    params = _of_tenant(request, completion_params(asked, service.client.card.sampling_defaults))
     prompts = prompts_of(asked)
     ids = [await _prompt_ids(service, prompt, asked.add_special_tokens is not False) for prompt in prompts]
     shape = CompletionShape(
@@ -186,7 +199,9 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
     tokenizer = service.tokenizer
     parser = service.config.tool_call_parser or parser_for(tokenizer.chat_template)
     tools = tool_use(asked.tools, asked.tool_choice, asked.parallel_tool_calls is not False, parser)
-    params = chat_params(asked, service.client.card.sampling_defaults, tools.grammar if tools else None)
+    params = _of_tenant(
+        request, chat_params(asked, service.client.card.sampling_defaults, tools.grammar if tools else None)
+    )
     ids = await tokenizer.encode_chat(
         messages_of(asked.messages),
         tools=tools.tools if tools else None,
@@ -352,7 +367,7 @@ def to_error(request: AnyRequest, error: Exception) -> AnyResponse:
         }
         body = error_body(reasons.get(status, error.detail), status)
     else:
-        _log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
+        _log.error("%s %r failed", request.method, request.scope["path"], exc_info=error)
         status, headers, body = 500, {}, error_body("internal error", 500, code="internal_error")
     if status in _RETRY_AFTER:
         headers["Retry-After"] = _RETRY_AFTER[status]

@@ -27,6 +27,8 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
     metrics_prefix: str = "engine"
     chat_template: str | None = None  # jinja text, instead of the model's own
     tool_call_parser: str | None = None  # None: as the chat template suggests
+    api_key_digests: tuple[str, ...] = ()  # SHA-256 of the keys; none: the API is open
+    isolate_api_keys: bool = False
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

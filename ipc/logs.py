@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 _CHATTY: Final = ("uvicorn", "httpx", "asyncio")  # they tell at info what only their authors want to know
+_MAX_CHARS: Final = 4000
 _TIME: Final = "%m-%d %H:%M:%S"
 
 
@@ -22,7 +23,10 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Text(logging.Formatter):
-    """`(scheduler pid=12) INFO 11-23 08:25:01 [loop.py:120] message`; a line break in a message is no new event."""
+    """`(scheduler pid=12) INFO 11-23 08:25:01 [loop.py:120] message`
+
+    Names, paths and errors in a message may come from a client: it can forge no line, and not fill the log.
+    """
 
     def __init__(self, role: str) -> None:
         super().__init__(
@@ -30,8 +34,15 @@ class _Text(logging.Formatter):
         )
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
+        record.message = escape(record.message[:_MAX_CHARS])
         return super().formatMessage(record)
+
+
+def escape(text: str) -> str:
+    """`text` without line breaks, terminal sequences and other characters that do not print."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class _Json(logging.Formatter):
@@ -46,7 +57,7 @@ class _Json(logging.Formatter):
             "process": self._role,
             "pid": record.process,
             "where": f"{record.filename}:{record.lineno}",
-            "message": record.getMessage(),
+            "message": record.getMessage()[:_MAX_CHARS],
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -71,10 +72,12 @@ def read_line(process: subprocess.Popen[str], limit_s: float) -> str:
 
 
 @contextlib.contextmanager
-def running_engine(*flags: str, model: Path | str = DEMO_MODEL, exit_code: int = 0) -> Iterator[Engine]:
+def running_engine(
+    *flags: str, model: Path | str = DEMO_MODEL, exit_code: int = 0, stderr: IO[str] | None = None
+) -> Iterator[Engine]:
     """An engine with the given flags on a free port; checks on leaving that it ends with `exit_code`."""
     command = [sys.executable, "-P", "-m", "frontend.launch", "--model", str(model), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         line = read_line(process, START_LIMIT_S)
         url, endpoint = re.search(r"http://\S+/v1", line), re.search(r"ipc://\S+\.sock", line)
