@@ -260,13 +260,18 @@ def write_plan(payload: Bytes, plan: Plan) -> int:
 
 
 def read_plan(payload: Bytes) -> Plan:
-    """Views of the columns in a ring slot (no copy): valid until the slot is acknowledged."""
+    """Views of the columns in a ring slot (no copy): valid until the slot is acknowledged.
+
+    Raises ProtocolError for columns that do not lie within the slot.
+    """
     words = payload[:_HEADER_BYTES].view(np.int64)
     columns: dict[str, Any] = {}
     for i, (name, dtype, width, count_word) in enumerate(_COLUMNS):
         count, offset = int(words[count_word]), int(words[PlanWord.OFFSETS + i])
-        column: npt.NDArray[Any] = payload[offset : offset + 4 * width * count].view(dtype)
-        columns[name] = column.reshape(count, width) if width > 1 else column
+        column: npt.NDArray[Any] = payload[offset : offset + 4 * width * count]
+        if column.nbytes != 4 * width * count:
+            raise ProtocolError(f"{count} rows of {name} at byte {offset}, the slot has {len(payload)} bytes")
+        columns[name] = column.view(dtype).reshape(count, width) if width > 1 else column.view(dtype)
     return Plan(
         seq=int(words[PlanWord.SEQ]),
         epoch=int(words[PlanWord.EPOCH]),

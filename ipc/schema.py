@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -27,6 +27,8 @@ MAX_MESSAGE_BYTES: Final = 64 << 20
 MAX_GRAMMAR_CHARS: Final = 1 << 18
 HEARTBEAT_S: Final = 1.0  # each frontend sends one; silence of HEARTBEAT_LIMIT_S means it is gone
 HEARTBEAT_LIMIT_S: Final = 10.0
+
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what a column can hold; decoding checks it
 BUBBLE_NS: Final = 20_000  # a stream takes a few us from one queued step to the next; that is not waiting for a host
 RECONNECT_LIMIT_S: Final = 30.0  # open requests wait this long for a scheduler that went away
 
@@ -109,10 +111,10 @@ class Goodbye(Message, frozen=True, tag="goodbye"):
 class Admit(Message, frozen=True, tag="admit"):
     """One sequence to continue. `request_id` is unique within its frontend's connection."""
 
-    request_id: int
+    request_id: Int64
     prompt: bytes  # packed int32 [prompt tokens]
     params: SamplingParams
-    priority: int = 0  # lower runs first
+    priority: Int64 = 0  # lower runs first
     cache_salt: str = ""
     output: bytes = b""  # packed int32: tokens already received, when a request is replayed to a new scheduler
     replay: bool = False  # it was admitted before, by a scheduler that died: limits on new requests do not apply

@@ -1,4 +1,4 @@
-"""Which folder may import which, that no serving process carries torch, and that nothing can unpickle."""
+"""Which folder may import which, that no serving process carries torch, that nothing can unpickle, and which clocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "frontend": {"ipc", "transformers"},
 }
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "recv_pyobj", "send_pyobj", "SharedMemory"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "recv_pyobj", "send_pyobj", "SharedMemory", "os.system", "yaml.load"}
+FORBIDDEN_FLAGS = {"allow_pickle", "shell"}
+WALL_CLOCKS = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "time.ctime"}
 
 
 def sources(folder: str) -> list[Path]:
@@ -65,12 +67,54 @@ def test_nothing_that_runs_foreign_bytes_is_used(folder: str) -> None:
     for path in sources(folder):
         where = path.relative_to(ROOT)
         assert not set(imported(path)) & FORBIDDEN_MODULES, where
-        assert not set(calls(ast.parse(path.read_text()))) & FORBIDDEN_CALLS, where
+        tree = ast.parse(path.read_text())
+        assert not set(calls(tree)) & FORBIDDEN_CALLS, where
+        assert not set(flags(tree)) & FORBIDDEN_FLAGS, where
+
+
+def flags(tree: ast.AST) -> Iterator[str]:
+    """Names of keyword arguments that are not literally False."""
+    for node in ast.walk(tree):
+        is_off = isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False
+        if isinstance(node, ast.keyword) and node.arg and not is_off:
+            yield node.arg
 
 
 @pytest.mark.parametrize("code", ["eval('1')", "exec('')", "torch.load(f)", "socket.recv_pyobj()", "x.SharedMemory()"])
 def test_the_search_for_foreign_bytes_finds_them(code: str) -> None:
     assert set(calls(ast.parse(code))) & FORBIDDEN_CALLS
+
+
+@pytest.mark.parametrize("code", ["numpy.load(f, allow_pickle=True)", "subprocess.run(x, shell=shell)"])
+def test_the_search_for_dangerous_flags_finds_them(code: str) -> None:
+    assert set(flags(ast.parse(code))) & FORBIDDEN_FLAGS
+    assert not set(flags(ast.parse("numpy.load(f, allow_pickle=False)"))) & FORBIDDEN_FLAGS
+
+
+def wall_clocks(tree: ast.AST) -> list[str]:
+    """Calls that read the wall clock, other than `int(time.time())`: a date for people, no part of a time limit."""
+    dates = [
+        node.args[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "int" and node.args
+    ]
+    return [
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node not in dates and (name := ast.unparse(node.func)) in WALL_CLOCKS
+    ]
+
+
+@pytest.mark.parametrize("folder", sorted(OURS))
+def test_time_is_measured_by_the_monotonic_clock(folder: str) -> None:
+    for path in sources(folder):
+        assert not wall_clocks(ast.parse(path.read_text())), path.relative_to(ROOT)
+        assert "from time import time" not in path.read_text(), path.relative_to(ROOT)
+
+
+def test_the_search_for_wall_clocks_finds_them() -> None:
+    assert wall_clocks(ast.parse("deadline = time.time() + 5")) == ["time.time"]
+    assert wall_clocks(ast.parse("created = int(time.time())")) == []
 
 
 def modules_after(code: str) -> set[str]:

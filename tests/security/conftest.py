@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     keys.write_text(f"# tenants\n{FILE_KEY}\n\n")
     flags = ["--fake-executor", "--device", "cpu", "--api-key-file", str(keys), "--api-key", FLAG_KEY]
     flags += ["--isolate-api-keys"]
-    with pytest.MonkeyPatch.context() as patch, log.open("w") as stderr:
-        patch.setenv("ENGINE_API_KEY", ENVIRONMENT_KEY)
-        with (
-            running_engine(*flags, model=tiny_model(folder / "tiny"), stderr=stderr) as engine,
-            httpx.Client(base_url=engine.root, timeout=WAIT_S) as http,
-        ):
-            yield Service(engine, http)
+    with contextlib.ExitStack() as stack:
+        stderr = stack.enter_context(log.open("w"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ENGINE_API_KEY", ENVIRONMENT_KEY)
+            engine = stack.enter_context(running_engine(*flags, model=tiny_model(folder / "tiny"), stderr=stderr))
+        yield Service(engine, stack.enter_context(httpx.Client(base_url=engine.root, timeout=WAIT_S)))
     _check_log(log)
 
 
