@@ -52,12 +52,16 @@ class AsyncClient:
         reconnect_limit_s: float = RECONNECT_LIMIT_S,
         auth_keys: str | Path | None = None,
         on_frame: Callable[[int], object] | None = None,
+        request_timeout_s: float | None = None,
+        queue_timeout_s: float | None = None,
     ) -> None:
         """Requests survive a scheduler that comes back within `reconnect_limit_s`.
 
         `auth_keys`: the client's key folder, for a tcp endpoint; raises ConfigError if it is not usable. `on_frame`:
-        see Session.
+        see Session. `request_timeout_s`: for requests that bring no `timeout_s`. `queue_timeout_s`: how long any may
+        wait to run.
         """
+        self._request_timeout_s, self._queue_timeout_s = request_timeout_s, queue_timeout_s
         keys = None if auth_keys is None else load_client_keys(Path(auth_keys))
         self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s, reconnect_limit_s, keys, on_frame)
         self._tokenizer = tokenizer
@@ -259,7 +263,8 @@ class AsyncClient:
             params,
             grammar="" if params.structured_outputs is None else await params.structured_outputs.compile(),
             each_token=each_token,
-            timeout_s=timeout_s,
+            timeout_s=self._request_timeout_s if timeout_s is None else timeout_s,
+            queue_timeout_s=self._queue_timeout_s,
         )
 
 

@@ -64,6 +64,9 @@ class Options:
     uds: str | None
     frontends: int
     max_num_queued_reqs: int
+    max_num_queued_tokens: int | None
+    request_timeout: float | None
+    queue_timeout: float | None
     api_key: tuple[str, ...]  # digests
     api_key_file: str | None
     isolate_api_keys: bool
@@ -178,6 +181,7 @@ def _server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead of host and port")
     group.add_argument("--frontends", type=_integer(0, 64), default=1, metavar="N", help="HTTP processes (default: 1)")
     group.add_argument("--max-num-queued-reqs", type=_integer(1), default=100_000, metavar="N", help="beyond: HTTP 429")
+    group.add_argument("--max-num-queued-tokens", type=_integer(1), metavar="N", help="of waiting prompts; beyond: 429")
     group.add_argument(
         "--frontend-endpoint", metavar="tcp://HOST:PORT", help="for frontends of other hosts; needs --auth-keys"
     )
@@ -235,6 +239,12 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--shutdown-timeout", type=_number(0), default=30.0, metavar="S", help="for open requests at SIGTERM"
+    )
+    group.add_argument(
+        "--request-timeout", type=_number(0, above=True), metavar="S", help="a request that takes longer fails"
+    )
+    group.add_argument(
+        "--queue-timeout", type=_number(0, above=True), metavar="S", help="a request that waits longer to run fails"
     )
     group.add_argument(
         "--api-key",
@@ -434,6 +444,7 @@ def engine_config(
         enable_prefix_caching=options.enable_prefix_caching,
         pipeline_depth=options.pipeline_depth,
         max_num_queued_reqs=options.max_num_queued_reqs,
+        max_num_queued_tokens=options.max_num_queued_tokens,
         watchdog_timeout_s=options.watchdog_timeout,
         frontend_endpoint=options.frontend_endpoint or "",
         auth_keys=options.auth_keys or "",
@@ -449,6 +460,8 @@ def http_config(options: Options | argparse.Namespace, api_key_digests: tuple[st
     return HttpConfig(
         watchdog_timeout_s=options.watchdog_timeout,
         shutdown_timeout_s=options.shutdown_timeout,
+        request_timeout_s=options.request_timeout,
+        queue_timeout_s=options.queue_timeout,
         metrics_prefix=options.metrics_prefix,
         chat_template=None if options.chat_template is None else _read_template(options.chat_template),
         tool_call_parser=options.tool_call_parser,

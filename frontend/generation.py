@@ -6,15 +6,15 @@ what keeps the cost of a token low when many stream. Must never touch a socket.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
 from frontend.assembler import Assembler, Collected
+from frontend.deadlines import Deadlines
 from frontend.inflight import Flight, Mailbox
 from frontend.request import Chunk, GenerateParams, check_prompt, prepare
 from frontend.tokenizer import Tokenizer
-from ipc.errors import RequestTimeoutError, TandemError
+from ipc.errors import TandemError
 from ipc.schema import ModelCard
 
 
@@ -39,6 +39,7 @@ class Generation:
         grammar: str,
         each_token: bool,
         timeout_s: float | None,
+        queue_timeout_s: float | None = None,
     ) -> None:
         """Checks every prompt, then submits them all; raises RequestError, OverloadedError or UnavailableError.
 
@@ -63,8 +64,7 @@ class Generation:
                     )
                 )
                 self._assemblers.append(Assembler(tokenizer, card, prompt, params))
-        self._timeout_s = timeout_s
-        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        self._deadlines = Deadlines(self._flights, request_s=timeout_s, queue_s=queue_timeout_s)
         self._running = len(self._flights)
         self._error: TandemError | None = None
         session.submit(self._flights)
@@ -72,17 +72,13 @@ class Generation:
     async def chunks(self) -> list[Chunk]:
         """What is new since the last call, of one or more choices; empty once all have ended.
 
-        Raises the error that a sequence ended with, RequestTimeoutError if the request is open for too long.
+        Raises the error that a sequence ended with, RequestTimeoutError or QueueTimeoutError if it takes too long.
         """
         found: list[Chunk] = []
         while self._running and not found:
             if self._error is not None:
                 raise self._error
-            try:
-                ready = await self._mailbox.wait(self._deadline)
-            except TimeoutError as error:
-                raise RequestTimeoutError(f"the request did not finish within {self._timeout_s} s") from error
-            for flight in ready:
+            for flight in await self._deadlines.wait(self._mailbox):
                 try:
                     chunk = self._assemblers[flight.index].take(flight)
                 except TandemError as error:

@@ -113,6 +113,11 @@ class Flight:
         self.finish = FinishReason.RUNNING
         self.error: TandemError | None = None
 
+    @property
+    def waits(self) -> bool:
+        """It is in the queue and has not run yet."""
+        return not self.started and self.finish is FinishReason.RUNNING and self.error is None
+
     def admit(self, *, replay: bool = False) -> Admit:
         """What a scheduler must be told to continue this sequence. `replay`: an earlier scheduler was told before."""
         return Admit(

@@ -155,6 +155,10 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
         return [prompt]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidParameterError(f"at most {MAX_PROMPTS} prompts a request, got {len(prompt)}", param="prompt")
+    if len(prompt) * (request.n or 1) > MAX_PROMPTS:
+        raise InvalidParameterError(
+            f"at most {MAX_PROMPTS} choices a request, got {len(prompt)} prompts with n {request.n}", param="n"
+        )
     return list(prompt)
 
 

@@ -154,6 +154,16 @@ async def serve(
             task.cancel()
 
 
+def _client(endpoint: str, config: HttpConfig, **options: Any) -> AsyncClient:
+    return AsyncClient(
+        endpoint,
+        name="http",
+        request_timeout_s=config.request_timeout_s,
+        queue_timeout_s=config.queue_timeout_s,
+        **options,
+    )
+
+
 def _run(service: Coroutine[None, None, None], log: LogConfig) -> int:
     configure_logs("frontend", log)
     uvloop.run(service)
@@ -164,7 +174,7 @@ def run(config: EngineConfig, channels: FrontendChannels) -> int:
     """The process that the launcher starts; returns its exit code."""
     enter_process("frontend", channels.parent_pipe, ipc, frontend)
     fault, trace = read_fault("frontend", channels.life), open_trace(channels.trace)
-    client = AsyncClient(channels.scheduler, name="http", on_frame=fault.strike if fault.kind else None)
+    client = _client(channels.scheduler, config.http, on_frame=fault.strike if fault.kind else None)
     if trace is not None:
         client.watch_fan_out(partial(_record_fan_out, trace, Track.FRONTEND + channels.index))
     return _run(
@@ -211,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         digests = collect_digests(options.api_key, options.api_key_file, os.environ)
         check_one_place(ipc, frontend)
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
-        client = AsyncClient(options.connect, name="http", tokenizer=tokenizer, auth_keys=options.auth_keys)
         config = flags.http_config(options, digests)
+        client = _client(options.connect, config, tokenizer=tokenizer, auth_keys=options.auth_keys)
         listener = bind_http(options.host, options.port, None)
     except ConfigError as error:
         return fail("engine-frontend", error)

@@ -24,6 +24,8 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     watchdog_timeout_s: float = 60.0
     shutdown_timeout_s: float = 30.0  # for open responses after SIGTERM
+    request_timeout_s: float | None = None
+    queue_timeout_s: float | None = None
     metrics_prefix: str = "engine"
     chat_template: str | None = None  # jinja text, instead of the model's own
     tool_call_parser: str | None = None  # None: as the chat template suggests
@@ -52,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     pipeline_depth: int = 2
     max_num_queued_reqs: int = 100_000
+    max_num_queued_tokens: int | None = None  # None: no limit but that on requests
     watchdog_timeout_s: float = 60.0
     frontend_endpoint: str = ""  # tcp://HOST:PORT for frontends of other hosts, beside the private ipc one
     auth_keys: str = ""  # key folder of the engine; needed for it

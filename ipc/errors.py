@@ -86,6 +86,13 @@ class RequestTimeoutError(TandemError):
     status = 504
 
 
+class QueueTimeoutError(TandemError):
+    """The request did not leave the queue in the time it was given."""
+
+    code = "queue_timeout"
+    status = 504
+
+
 class SlowConsumerError(TandemError):
     """The reader of a stream fell too far behind, and its requests were given up."""
 
@@ -132,6 +139,7 @@ _BY_CODE: dict[str, type[TandemError]] = {
         OverloadedError,
         UnavailableError,
         RequestTimeoutError,
+        QueueTimeoutError,
         SlowConsumerError,
         InvalidLogitsError,
         CrashedExecutorError,

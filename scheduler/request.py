@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ipc.frames import PlanFlag
 from ipc.schema import SamplingParams
+
+# A request runs before one that came up to this many arrivals earlier and whose priority value is higher by 1. So a
+# request of priority p is overtaken by at most this many times p - q later ones of priority q, whatever the load.
+ARRIVALS_PER_PRIORITY: Final = 1000
 
 
 class State(Enum):
@@ -60,8 +64,8 @@ class Request:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """Who runs first: suspects, then lower priority value, then earlier arrival."""
-        return not self.strikes, self.priority, self.arrival
+        """Who runs first: suspects; then by arrival, of which priority is worth a number, so that no one starves."""
+        return not self.strikes, self.priority * ARRIVALS_PER_PRIORITY + self.arrival, self.arrival
 
 
 def features_of(params: SamplingParams) -> PlanFlag:

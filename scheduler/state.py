@@ -64,7 +64,7 @@ class SchedulerState:
     def admit(self, peer: int, message: Admit) -> Request:
         """Take a request into the queue. Raises a typed error, with both numbers, if it can never run."""
         if not message.replay:
-            self._check_capacity()
+            self._check_capacity(len(message.prompt) // 4)
         if (peer, message.request_id) in self.requests:
             raise RequestError(f"request id {message.request_id} is already in use")
         params = message.params
@@ -106,12 +106,17 @@ class SchedulerState:
         self.counters.prompt_tokens += 0 if message.replay else len(prompt)
         return request
 
-    def _check_capacity(self) -> None:
-        """Raise a typed error while no new request is taken; one that a dead scheduler took is past this."""
+    def _check_capacity(self, prompt_len: int) -> None:
+        """Raise a typed error while no new request of `prompt_len` tokens is taken; a replayed one is past this."""
         if self.draining:
             raise UnavailableError("the engine is shutting down and takes no new requests")
         if self.num_waiting >= self.config.max_num_queued_reqs:
             raise OverloadedError(f"{self.num_waiting} requests wait, the limit is {self.config.max_num_queued_reqs}")
+        limit, queue = self.config.max_num_queued_tokens, self.queue
+        # An empty queue takes a prompt of any length: it would never be taken otherwise.
+        if limit is not None and queue and queue.num_tokens + prompt_len > limit:
+            tokens = queue.num_tokens + prompt_len
+            raise OverloadedError(f"{tokens} tokens would wait, the limit is {limit} ({queue.num_tokens} wait)")
 
     def abort(self, peer: int, request_id: int) -> bool:
         """End a request now, wherever it is; its rows in flight are ignored. False if it is not open."""

@@ -18,6 +18,7 @@ from ipc.errors import (
     InvalidParameterError,
     ModelError,
     OverloadedError,
+    QueueTimeoutError,
     RequestTimeoutError,
     TandemError,
     UnavailableError,
@@ -279,6 +280,37 @@ def test_chat_uses_the_template(tokenizer: Tokenizer) -> None:
             await client.chat([{"role": "robot", "content": "x"}])
 
     with_client(answer("hi"), body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_waits_for_too_long_fails_and_is_aborted(stream: bool) -> None:
+    async def body(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        client = AsyncClient(scheduler.endpoint, tokenizer=byte_level_tokenizer(), queue_timeout_s=0.1)
+        await client.connect()
+        work = collect(client.stream("say it")) if stream else client.generate("say it")
+        with pytest.raises(QueueTimeoutError, match=r"waited in the queue for 0\.1 s"):
+            await work
+        admitted = await arrived(scheduler, Admit)
+        assert (await arrived(scheduler, Abort)).request_ids == [admitted.request_id]
+        await client.close()
+
+    with_client(None, body)
+
+
+def test_a_request_that_has_left_the_queue_is_not_bound_by_its_limit() -> None:
+    async def body(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        client = AsyncClient(
+            scheduler.endpoint, tokenizer=byte_level_tokenizer(), queue_timeout_s=0.1, request_timeout_s=0.4
+        )
+        await client.connect()
+        task = asyncio.create_task(client.generate("say it", n=2))
+        ids = [(await arrived(scheduler, Admit)).request_id for _ in range(2)]
+        scheduler.send(tokens([(i, 5, RUNNING) for i in ids], cached=dict.fromkeys(ids, 0)))
+        with pytest.raises(RequestTimeoutError, match=r"did not finish within 0\.4 s"):
+            await task
+        await client.close()
+
+    with_client(None, body)
 
 
 @pytest.mark.parametrize("how", ["close", "break", "cancel", "timeout"])

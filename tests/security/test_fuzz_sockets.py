@@ -47,7 +47,7 @@ def is_unharmed(bench: Bench) -> None:
     peer.socket.close()
 
 
-@settings(max_examples=100, **QUIET)
+@settings(max_examples=60, **QUIET)
 @given(messages=st.lists(frames, min_size=3, max_size=8))
 def test_a_stranger_at_the_frontend_socket(bench: Bench, messages: list[list[bytes]]) -> None:
     socket = connect_dealer(bench.context, bench.frontend, new_identity())
@@ -59,7 +59,7 @@ def test_a_stranger_at_the_frontend_socket(bench: Bench, messages: list[list[byt
     socket.close()
 
 
-@settings(max_examples=200, **QUIET)
+@settings(max_examples=120, **QUIET)
 @given(messages=st.lists(mutated(), min_size=5, max_size=10))
 def test_a_frontend_whose_messages_decode(bench: Bench, messages: list[bytes]) -> None:
     """It is known to the scheduler, and its fields hold whatever their types allow."""
@@ -129,7 +129,7 @@ def test_a_client_survives_its_scheduler(payload: bytes) -> None:
 @settings(max_examples=200, **QUIET)
 @given(words=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=64, max_size=64))
 def test_frames_of_random_words_are_typed_errors_or_frames(words: list[int]) -> None:
-    layout = ResultLayout(max_rows=4, max_logprobs=2)
+    layout = ResultLayout(4, 2)
     payload = np.zeros(4096, np.uint8)
     payload[:512] = np.array(words, np.int64).view(np.uint8)
     for read in (lambda: read_result(payload, layout), lambda: read_plan(payload)):
