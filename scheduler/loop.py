@@ -379,7 +379,7 @@ class Loop:
     def _on_control(self, identity: bytes, message: Any) -> None:
         state = self.state
         match message:
-            case Hello():
+            case Hello(role="launcher"):
                 self.launcher = identity
                 if state.attached:
                     self._announce()
@@ -423,7 +423,8 @@ class Loop:
 
     def _tell_launcher(self, message: Message) -> None:
         if self.launcher is not None:
-            with contextlib.suppress(zmq.Again):  # one that was stopped for long is told again
+            # One that was stopped for long is told again, and of one that is gone this process learns by its pipe.
+            with contextlib.suppress(zmq.ZMQError):
                 self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
 
     def _drain(self, abort: bool) -> None:

@@ -13,7 +13,7 @@ import zmq
 
 from ipc.config import RING_SLOTS, SchedulerChannels
 from ipc.doorbell import Doorbell
-from ipc.frames import read_plan, write_result_header
+from ipc.frames import PlanFlag, read_plan, write_result_header
 from ipc.ring import RingReader, RingWriter, create_ring
 from ipc.schema import (
     PROTOCOL_VERSION,
@@ -146,9 +146,10 @@ class Bench:
             seq = self.results.head + 1
             result = self.results.begin(seq)
             layout = self.config.result_layout
-            result[layout.token : layout.token + 4 * plan.num_rows].view("i4")[:] = 5
-            rows = plan.num_rows
-            write_result_header(result, seq=plan.seq, epoch=plan.epoch, num_rows=rows, has_logprobs=False, **self.times)
+            rows, has_logprobs = plan.num_rows + len(plan.score_token), bool(plan.flags & PlanFlag.LOGPROBS)
+            result[layout.token : layout.token + 4 * rows].view("i4")[:] = 5
+            numbers = {"seq": plan.seq, "epoch": plan.epoch, "num_rows": rows, **self.times}
+            write_result_header(result, **numbers, has_logprobs=has_logprobs)
             self.plans.ack(plan.seq)
             self.results.publish(seq)
 
