@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +17,8 @@ from ipc.errors import InvalidParameterError, ModelError
 
 # Arguments of apply_chat_template that are no business of a template; a template from a request would be a program.
 _RESERVED: Final = {
-    *("conversation", "chat_template", "tools", "add_generation_prompt", "tokenize", "padding", "truncation"),
-    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("conversation", "messages", "chat_template", "tools", "add_generation_prompt", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 LONG_TEXT_CHARS: Final = 4096  # above this, encoding takes long enough (about 1 ms) to leave the event loop
 
@@ -122,7 +121,6 @@ class Tokenizer:
             raise InvalidParameterError("this model has no chat template; use completions", param="messages")
         if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
             raise InvalidParameterError("messages must be a list of at least 1 message", param="messages")
-        self._check_template_kwargs(template_kwargs or {})
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidParameterError("each message must be an object with a role", param="messages")
@@ -142,13 +140,6 @@ class Tokenizer:
         except Exception as error:  # a template is a program: it may fail in any way
             raise InvalidParameterError(f"the chat template refused the messages: {error}", param="messages") from error
         return str(text)
-
-    def _check_template_kwargs(self, given: Mapping[str, Any]) -> None:
-        """Refuse what would reach transformers instead of the template; `chat_template` above all is a program."""
-        own = inspect.signature(self._pretrained.apply_chat_template).parameters.keys() | {"messages"}
-        reserved = sorted(given.keys() & (own - {"documents"}))
-        if reserved:
-            raise InvalidParameterError(f"{reserved[0]!r} may not be set by a request", param="chat_template_kwargs")
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation; `options` are those of `render_chat`."""
