@@ -67,14 +67,13 @@ class Plumbing:
             life=life,
             trace=self._trace,
         )
-        return channels, [
-            self.plan_ring,
-            self.plan_bell.fd,
-            self.result_ring,
-            self.result_bell.fd,
-            self.parent_pipe,
-            *self._traces,
-        ]
+        return channels, self._ring_fds
+
+    @property
+    def _ring_fds(self) -> list[int]:
+        """What both ends of the rings inherit."""
+        rings = [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd]
+        return [*rings, self.parent_pipe, *self._traces]
 
     def executor(self, epoch: int) -> tuple[ExecutorChannels, list[int]]:
         """The channels of an executor whose first epoch is `epoch`, and the fds among them."""
@@ -88,14 +87,7 @@ class Plumbing:
             parent_pipe=self.parent_pipe,
             trace=self._trace,
         )
-        return channels, [
-            self.plan_ring,
-            self.plan_bell.fd,
-            self.result_ring,
-            self.result_bell.fd,
-            self.parent_pipe,
-            *self._traces,
-        ]
+        return channels, self._ring_fds
 
     def frontend(self, life: int) -> tuple[FrontendChannels, list[int]]:
         """A serving frontend's channels, and the fds among them; `life` counts those that were restarted."""
