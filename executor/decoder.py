@@ -7,8 +7,8 @@ own weights; must compute the same function, which is checked at load.
     embed                                              embed, norm
     each layer:
       norm·qkv                                         qkv
-      head norms, rotary, K and V into their pages     the same
-      attention                                        attention
+      head norms, rotary, K and V into their pages;    the same
+        attention: one kernel for decode rows
       o + residual                                     o; residual, norm
       norm·gate, up, SiLU                              gate and up; SiLU
       down + residual                                  down; residual, norm
@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,26 @@ import triton
 from tqdm import tqdm
 
 from executor.attention import PagedLayer
+from executor.attention.triton import Heads, TritonBackend
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
-from executor.linear import MAX_ROWS, Linear, Scaled, SkinnyLinears, has_pdl, time_graph
+from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
 from executor.recognition import DecoderWeights, LayerWeights, NotRecognizedError
 
-if TYPE_CHECKING:
-    from executor.attention.triton import TritonBackend
-
+_MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
+_MANY_TIMED: Final = 128
 DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
 _GATE_BLOCK: Final = 1024
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How steps of one class are run. `few`: by `linear_kernel`, for at most MAX_ROWS tokens; `pdl`: kernels are
+    launched while the one ahead ends."""
+
+    few: bool
+    pdl: bool
 
 
 class FusedDecoder:
@@ -56,14 +66,16 @@ class FusedDecoder:
             )
             _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
         self._weights, self._layers, self._backend = weights, layers, backend
-        self._pdl = has_pdl(device)
+        self._has_pdl = self._pdl = has_pdl(device)
+        _, self.ways = self.both_ways()
         self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
         self._o = [Linear(layer.o) for layer in weights.layers]
         self._gate_up = [Linear(layer.gate_up, gated=True) for layer in weights.layers]
         self._down = [Linear(layer.down) for layer in weights.layers]
         self._head = Linear(weights.head)
         self._linears = [*self._qkv, *self._o, *self._gate_up, *self._down, self._head]
-        self._cos, self._sin = _rotary_table(weights.rotary, layers[0].spec.k_dim, max_model_len, dtype, device)
+        table = _rotary_table(weights.rotary, layers[0].spec.k_dim, max_model_len, dtype, device)
+        self._heads = [_heads(table, layer) for layer in weights.layers]
         # The gain of the norm that follows each layer.
         norms = [layer.input_norm for layer in weights.layers] + [weights.norm]
         self._next_norm = norms[1:]
@@ -71,7 +83,6 @@ class FusedDecoder:
             self._skinny = SkinnyLinears(self._linears, device)
         except ValueError as error:
             raise NotRecognizedError(str(error)) from error
-        self.few_rows = MAX_ROWS  # steps of more tokens take cuBLAS
 
     def tune(self) -> None:
         """Choose the tiles of all linear layers for this GPU: seconds the first time, then read from disk."""
@@ -79,32 +90,43 @@ class FusedDecoder:
             self._linears, lambda shapes: iter(tqdm(shapes, desc="tuning linear layers", unit="shape", disable=None))
         )
 
-    def choose_few_rows(self, forward: Callable[[int], torch.Tensor], max_rows: int) -> None:
-        """Settle up to how many rows `linear_kernel` wins; `forward(rows)` runs a step of decode rows, capturable."""
-        for rows in (MAX_ROWS, MAX_ROWS // 2):
+    def both_ways(self) -> tuple[dict[int, Way], dict[int, Way]]:
+        """All classes by cuBLAS, and those by `linear_kernel` that can be."""
+        classes = (*ROW_BLOCKS, _MANY)
+        return (
+            {size: Way(False, self._has_pdl) for size in classes},
+            {size: Way(size != _MANY, self._has_pdl) for size in classes},
+        )
+
+    def choose_ways(self, forward: Callable[[int], torch.Tensor], max_rows: int) -> None:
+        """Take the fastest way for each class; `forward(rows)` runs a step of decode rows, capturable."""
+        for size, default in self.ways.items():
+            rows = min(size or _MANY_TIMED, max_rows)
+            if _row_class(rows) != size:
+                continue  # no step of decode rows is in this class
             seconds = {}
-            timed = min(rows, max_rows)
-            for self.few_rows in (0, rows):
-                seconds[self.few_rows] = time_graph(lambda timed=timed: forward(timed))  # type: ignore[misc]
-            if seconds[rows] <= seconds[0]:
-                return
-        self.few_rows = MAX_ROWS // 4
+            for few in (True, False) if default.few else (False,):
+                for pdl in {self._has_pdl, False}:
+                    way = self.ways[size] = Way(few, pdl)
+                    seconds[way] = time_graph(lambda rows=rows: forward(rows))  # type: ignore[misc]
+            self.ways[size] = min(seconds, key=seconds.__getitem__)
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`.
 
         The backend has begun the step.
         """
-        is_decode = inputs.num_rows == inputs.num_decode
-        if max(inputs.num_tokens, len(inputs.last_index)) <= self.few_rows:  # rows and scores may be more than tokens
-            return self._forward_few(inputs, None if is_decode else inputs.last_index)
-        return self._forward_many(inputs, None if is_decode else inputs.last_index)
+        last = None if inputs.num_rows == inputs.num_decode else inputs.last_index
+        # Rows and scores may be more than tokens.
+        way = self.ways[_row_class(max(inputs.num_tokens, len(inputs.last_index)))]
+        self._pdl = self._skinny.pdl = way.pdl
+        return self._forward_few(inputs, last) if way.few else self._forward_many(inputs, last)
 
     def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         skinny = self._skinny
         x, scaled = self._embed_scaled(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, layer, skinny(self._qkv[i], scaled), inputs)
+            attended = self._attend(i, skinny(self._qkv[i], scaled), inputs)
             x, scaled = skinny.add(self._o[i], attended, x, layer.mlp_norm.gain, layer.mlp_norm.eps)
             hidden = skinny(self._gate_up[i], scaled)
             norm = self._next_norm[i]
@@ -116,41 +138,43 @@ class FusedDecoder:
     def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         x, normed = self._embed_normed(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, layer, F.linear(normed, layer.qkv, layer.qkv_bias), inputs)
+            attended = self._attend(i, F.linear(normed, layer.qkv, layer.qkv_bias), inputs)
             self._add_norm(x, F.linear(attended, layer.o), layer.mlp_norm, normed)
             hidden = self._gate(F.linear(normed, layer.gate_up))
             self._add_norm(x, F.linear(hidden, layer.down), self._next_norm[i], normed)
         return F.linear(normed if last is None else normed[last], self._head.weight)
 
-    def _attend(self, index: int, weights: LayerWeights, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+    def _attend(self, index: int, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""
-        layer = self._layers[index]
+        layer, backend = self._layers[index], self._backend
+        if inputs.num_decode == inputs.num_tokens:
+            return backend.decode_fresh(layer, qkv, self._heads[index], pdl=self._pdl).view(len(qkv), -1)
+        query = self._turn(layer, self._heads[index], qkv, inputs)
+        return backend.read(layer, query, pdl=self._pdl).view(len(qkv), -1)
+
+    def _turn(self, layer: PagedLayer, heads: Heads, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """Queries [tokens, q_heads, dim], ready for attention; keys and values go into their pages."""
         spec, tokens = layer.spec, len(qkv)
         query = qkv.new_empty(tokens, spec.q_heads, spec.k_dim)
-        heads = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= MAX_ROWS else _HEADS)
-        q_norm, k_norm = weights.q_norm, weights.k_norm
-        rotate_kernel[(tokens, (spec.q_heads + 2 * spec.kv_heads) // heads)](
+        block = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= MAX_ROWS else _HEADS)
+        rotate_kernel[(tokens, (spec.q_heads + 2 * spec.kv_heads) // block)](
             qkv,
             inputs.positions,
-            self._cos,
-            self._sin,
-            None if q_norm is None else q_norm.gain,
-            None if k_norm is None else k_norm.gain,
             inputs.slot_mapping,
             query,
             layer.k_cache,
             layer.v_cache,
-            0.0 if q_norm is None else q_norm.eps,
+            *heads.arguments,
             q_heads=spec.q_heads,
             kv_heads=spec.kv_heads,
             dim=spec.k_dim,
-            block_h=heads,
-            has_norm=q_norm is not None,
+            block_h=block,
+            has_norm=heads.q_gain is not None,
             pdl=self._pdl,
-            num_warps=1 if heads * spec.k_dim <= 512 else 4,
+            num_warps=1 if block * spec.k_dim <= 512 else 4,
             launch_pdl=self._pdl,
         )
-        return self._backend.read(layer, query, pdl=self._pdl).view(tokens, -1)
+        return query
 
     def _embed_scaled(self, inputs: StepInputs) -> tuple[torch.Tensor, Scaled]:
         x, scaled, square = self._embed(inputs, normed=False)
@@ -185,6 +209,17 @@ class FusedDecoder:
             gate_up, out, width=width, block=_GATE_BLOCK, pdl=self._pdl, num_warps=4, launch_pdl=self._pdl
         )
         return out
+
+
+def _row_class(tokens: int) -> int:
+    return block_m(tokens) if tokens <= MAX_ROWS else _MANY
+
+
+def _heads(table: tuple[torch.Tensor, torch.Tensor], weights: LayerWeights) -> Heads:
+    q_norm, k_norm = weights.q_norm, weights.k_norm
+    if q_norm is None or k_norm is None:
+        return Heads(*table)
+    return Heads(*table, q_norm.gain, k_norm.gain, q_norm.eps)
 
 
 def _rotary_table(

@@ -10,11 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _finite(x):
-    """NaN and infinities become 0: one request's fault must not pass through a masked lane to the next owner."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+from executor.attention.heads import finite, load_turned
 
 
 @triton.jit
@@ -103,14 +99,14 @@ def gate_kernel(
 def rotate_kernel(
     qkv,  # [tokens, (q_heads + 2 kv_heads) * dim]
     positions,  # int64 [tokens]
-    cos,  # [positions, dim / 2]
-    sin,  # [positions, dim / 2]
-    q_gain,  # [dim]
-    k_gain,  # [dim]
     slot_mapping,  # int64 [tokens]
     query,  # [tokens, q_heads, dim]
     k_cache,  # [blocks * page, kv_heads, dim]
     v_cache,  # [blocks * page, kv_heads, dim]
+    cos,  # [positions, dim / 2]
+    sin,  # [positions, dim / 2]
+    q_gain,  # [dim]
+    k_gain,  # [dim]
     eps,
     q_heads: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -128,32 +124,19 @@ def rotate_kernel(
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * block_h
     head = first + tl.arange(0, block_h)[:, None]
-    lane = tl.arange(0, half)[None, :]
-    source = qkv + (token * heads + head) * dim + lane
-    low = tl.load(source).to(tl.float32)
-    high = tl.load(source + half).to(tl.float32)
+    lane = tl.arange(0, dim)[None, :]
+    source = qkv + (token * heads + head) * dim
     slot = tl.load(slot_mapping + token)
     if first < q_heads + kv_heads:
-        kind = qkv.dtype.element_ty
+        at = tl.load(positions + token) * half
+        gain = cos
         if has_norm:
             gain = q_gain if first < q_heads else k_gain
-            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / dim + eps)[:, None]
-            low = ((low * scale).to(kind) * tl.load(gain + lane)).to(tl.float32)
-            high = ((high * scale).to(kind) * tl.load(gain + half + lane)).to(tl.float32)
-        at = tl.load(positions + token) * half + lane
-        c = tl.load(cos + at).to(tl.float32)
-        s = tl.load(sin + at).to(tl.float32)
-        rotated_low = low * c - high * s
-        rotated_high = high * c + low * s
+        turned = load_turned(source, head >= 0, gain, cos + at, sin + at, eps, lane, dim, has_norm)
         if first < q_heads:
-            target = query + (token * q_heads + head) * dim + lane
-            tl.store(target, rotated_low.to(kind))
-            tl.store(target + half, rotated_high.to(kind))
+            tl.store(query + (token * q_heads + head) * dim + lane, turned)
         else:
-            target = k_cache + (slot * kv_heads + head - q_heads) * dim + lane
-            tl.store(target, _finite(rotated_low).to(kind))
-            tl.store(target + half, _finite(rotated_high).to(kind))
+            tl.store(k_cache + (slot * kv_heads + head - q_heads) * dim + lane, finite(turned))
     else:
-        target = v_cache + (slot * kv_heads + head - q_heads - kv_heads) * dim + lane
-        tl.store(target, _finite(low).to(v_cache.dtype.element_ty))
-        tl.store(target + half, _finite(high).to(v_cache.dtype.element_ty))
+        value = tl.load(source + lane)
+        tl.store(v_cache + (slot * kv_heads + head - q_heads - kv_heads) * dim + lane, finite(value))

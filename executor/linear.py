@@ -23,7 +23,8 @@ from executor.linear_kernels import linear_kernel
 
 _CUDA: Final[Any] = torch.cuda  # untyped in part
 
-MAX_ROWS: Final = 64  # more rows fill the tensor cores, which cuBLAS does well
+ROW_BLOCKS: Final = (16, 32, 64)  # rows of the kernel's tiles
+MAX_ROWS: Final = ROW_BLOCKS[-1]  # more rows fill the tensor cores, which cuBLAS does well
 _PROGRAMS: Final = 96  # fewer programs cannot draw the memory's full bandwidth
 _SHARED_BYTES: Final = 200 << 10  # of one multiprocessor, with room for what the compiler adds
 _MAX_SPLITS: Final = 32
@@ -101,7 +102,7 @@ def has_pdl(device: torch.device) -> bool:
 
 def block_m(rows: int) -> int:
     """The kernel's row block for `rows` <= MAX_ROWS."""
-    return max(16, int(triton.next_power_of_2(rows)))
+    return next(size for size in ROW_BLOCKS if rows <= size)
 
 
 def candidates(shape: Shape) -> list[Tile]:
@@ -135,10 +136,13 @@ def _splits(shape: Shape, block_n: int, block_k: int, times: int) -> int:
 
 
 class SkinnyLinears:
-    """Launches linear layers of at most MAX_ROWS rows; each output tile is written by one program."""
+    """Launches linear layers of at most MAX_ROWS rows; each output tile is written by one program.
+
+    `pdl`: kernels are launched while the one ahead ends.
+    """
 
     def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
-        self._pdl = has_pdl(device)
+        self.pdl = has_pdl(device)
         self._tiles: dict[Shape, Tile] = {}
         scratch = tiles = 1
         for shape in _shapes(linears):
@@ -232,9 +236,9 @@ class SkinnyLinears:
             has_bias=linear.bias is not None,
             has_residual=residual is not None,
             prefetch=tile.prefetch,
-            pdl=self._pdl,
+            pdl=self.pdl,
             num_warps=tile.warps,
-            launch_pdl=self._pdl,
+            launch_pdl=self.pdl,
         )
         return arguments, options
 
@@ -283,8 +287,7 @@ class SkinnyLinears:
 
 def _shapes(linears: Sequence[Linear]) -> list[Shape]:
     kinds = dict.fromkeys((linear.n, linear.k, linear.gated) for linear in linears)
-    sizes = [size for size in (16, 32, 64) if size <= MAX_ROWS]
-    return [Shape(*kind, size) for kind in kinds for size in sizes]
+    return [Shape(*kind, size) for kind in kinds for size in ROW_BLOCKS]
 
 
 def _scratch(shape: Shape, tile: Tile) -> int:

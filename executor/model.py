@@ -150,10 +150,9 @@ def optimize_model(model: Model) -> None:
     try:
         decoder = FusedDecoder(recognize(model._module), model.layers, backend, model.max_model_len)
         model.decoder = decoder
-        check_paging(model, share=_FUSED_SHARE)
-        few_rows, decoder.few_rows = decoder.few_rows, 0
-        check_paging(model, share=_FUSED_SHARE)
-        decoder.few_rows = few_rows
+        for ways in decoder.both_ways():
+            decoder.ways = ways
+            check_paging(model, share=_FUSED_SHARE)
         decoder.tune()
         model.notes.append("fused decoder")
     except (NotRecognizedError, ModelError) as error:

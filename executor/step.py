@@ -38,7 +38,7 @@ class StepRunner:
     def capture(self, limits: FrameLimits, compute: torch.cuda.Stream) -> None:
         """Capture the ladder of decode graphs; from then on decode-only steps replay them."""
         if self._model.decoder is not None:
-            self._model.decoder.choose_few_rows(self._forward_padding, limits.max_rows)
+            self._model.decoder.choose_ways(self._forward_padding, limits.max_rows)
         self._graphs = DecodeGraphs(
             self._state,
             max_rows=limits.max_rows,

@@ -57,11 +57,12 @@ def full_step_plan(limits: FrameLimits) -> Plan:
 
 def warmup_plans(limits: FrameLimits) -> list[Plan]:
     """Prefill, mixed and decode steps with every stage of the sampler and without; 1, 3 and 16 rows, as Triton compiles
-    kernels anew for numbers that are 1 or divisible by 16. A long chunk too: many tokens take other kernels."""
-    chunk, long = (max(1, min(tokens, limits.max_tokens - 2, limits.max_seq_len)) for tokens in (17, 150))
+    kernels anew for numbers that are 1 or divisible by 16. Longer chunks too: more tokens take other kernels."""
+    chunk, middle, long = (max(1, min(tokens, limits.max_tokens - 2, limits.max_seq_len)) for tokens in (17, 40, 150))
     shapes = [
         ([chunk], 0),
         ([1, 1, chunk], 2),
+        ([middle], 0),
         ([long], 0),
         ([1, 1, long], 2),
         ([1], 1),

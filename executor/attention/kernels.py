@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from executor.attention.heads import finite, load_turned
+
 _NEVER = tl.constexpr(-1.0e30)  # a score that no key reaches; not -inf, whose difference with itself is NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,13 +24,6 @@ def _load(pointer, lanes, dim: tl.constexpr, padded: tl.constexpr):
     if dim == padded:
         return tl.load(pointer)
     return tl.load(pointer, mask=lanes < dim, other=0.0)
-
-
-@triton.jit
-def _finite(x):
-    """NaN and infinities become 0: one request's fault must not pass through a masked lane to the next owner."""
-    wide = x.to(tl.float32)
-    return tl.where(tl.abs(wide) < float("inf"), x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -59,8 +54,8 @@ def write_kv_kernel(
     v_ok = (head < kv_heads) & (v_lane < v_dim)
     k = tl.load(key + token * key_token + head * key_head + k_lane, mask=k_ok, other=0.0)
     v = tl.load(value + token * value_token + head * value_head + v_lane, mask=v_ok, other=0.0)
-    tl.store(k_cache + (slot * kv_heads + head) * k_dim + k_lane, _finite(k), mask=k_ok)
-    tl.store(v_cache + (slot * kv_heads + head) * v_dim + v_lane, _finite(v), mask=v_ok)
+    tl.store(k_cache + (slot * kv_heads + head) * k_dim + k_lane, finite(k), mask=k_ok)
+    tl.store(v_cache + (slot * kv_heads + head) * v_dim + v_lane, finite(v), mask=v_ok)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -184,7 +179,7 @@ def _join(
 
 @triton.jit
 def decode_kernel(
-    query,
+    query,  # [rows, q_heads, k_dim]; of the raw projections of all heads if `fresh`
     k_cache,
     v_cache,
     block_table,
@@ -200,6 +195,11 @@ def decode_kernel(
     arrived,  # int32 [rows, kv_heads], zero before and after
     sinks,  # [q_heads]
     out,  # [rows, q_heads, v_dim]
+    cos,  # [positions, k_dim / 2]
+    sin,  # [positions, k_dim / 2]
+    q_gain,  # [k_dim]
+    k_gain,  # [k_dim]
+    eps,
     scale,
     cap,
     cap_scale,
@@ -222,10 +222,14 @@ def decode_kernel(
     has_softcap: tl.constexpr,
     has_sinks: tl.constexpr,
     precision: tl.constexpr,
+    fresh: tl.constexpr,
+    has_norm: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """One program = one work item of one KV head. Of a row in several pieces, the program that arrives last joins them.
 
+    `fresh`: the new token's heads come from the qkv projection, are normalized (if `has_norm`) and rotated here, and
+    its key and value are stored by the program whose work item ends with it. Dimensions are powers of two then.
     With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended.
     """
     head = tl.program_id(0) % kv_heads
@@ -249,19 +253,35 @@ def decode_kernel(
         if pdl:
             gdc_wait()
             gdc_launch_dependents()
-        q = tl.load(
-            query + row * query_row + q_head[:, None] * query_head + lane_k[None, :],
-            mask=in_group[:, None] & (lane_k < k_dim)[None, :],
-            other=0.0,
-        )
         top = tl.full([block_m], _NEVER, tl.float32)
         denominator = tl.zeros([block_m], tl.float32)
+        acc = tl.zeros([block_m, v_pad], tl.float32)
+        q_head_at = query + row * query_row + q_head[:, None] * query_head
+        if fresh:
+            at = (length - 1).to(tl.int64) * (k_dim // 2)
+            q = load_turned(
+                q_head_at, in_group[:, None], q_gain, cos + at, sin + at, eps, lane_k[None, :], k_dim, has_norm
+            )
+            if stop == length:
+                stop -= 1
+                one = tl.arange(0, 1)[:, None]
+                new = query + row * query_row + (kv_heads * group + head) * query_head + one
+                k = load_turned(new, one == 0, k_gain, cos + at, sin + at, eps, lane_k[None, :], k_dim, has_norm)
+                v = tl.load(new + kv_heads * query_head + lane_v[None, :])
+                k, v = finite(k), finite(v)
+                place = (tl.load(table + stop // page).to(tl.int64) * page + stop % page) * kv_heads + head
+                tl.store(k_cache + place * k_dim + lane_k[None, :], k)
+                tl.store(v_cache + place * v_dim + lane_v[None, :], v)
+                top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+                denominator += 1.0
+                acc += v
+        else:
+            q = tl.load(q_head_at + lane_k[None, :], mask=in_group[:, None] & (lane_k < k_dim)[None, :], other=0.0)
         if has_sinks:  # noqa: SIM102 - the outer one is decided at compile time
             # The sink counts once: here if the row is in one piece, else where its pieces meet.
             if splits == 1:
                 top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * _LOG2E
                 denominator += 1.0
-        acc = tl.zeros([block_m, v_pad], tl.float32)
         for first in tl.range(start, stop, block_n, num_stages=stages):
             token = first + lane_n
             place = (block.to(tl.int64) * page + token % page) * kv_heads + head

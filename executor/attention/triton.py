@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -25,6 +26,25 @@ _SPLIT_BLOCK: Final = 64
 _MIN_CHUNK: Final = 128
 _JOIN_LANES: Final = 2048  # numbers that one warp joins at once
 _CHUNK_OVERHEAD: Final = 96  # cost of starting a work item, in KV tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a layer does to its heads before attention: rotary embedding, and an RMS norm where there are gains."""
+
+    cos: torch.Tensor  # [positions, dim / 2]
+    sin: torch.Tensor  # [positions, dim / 2]
+    q_gain: torch.Tensor | None = None  # [dim]
+    k_gain: torch.Tensor | None = None  # [dim]
+    eps: float = 0.0
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor | float | None, ...]:
+        """As the kernels take them."""
+        return self.cos, self.sin, self.q_gain, self.k_gain, self.eps
+
+
+_NO_HEADS: Final = (None, None, None, None, 0.0)
 
 
 class WorkList:
@@ -114,9 +134,19 @@ class TritonBackend:
         assert inputs is not None, "read before begin"
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
         if inputs.num_decode:
-            self._decode(layer, inputs, query, sinks, out, pdl)
+            self._decode(layer, inputs, query, sinks, out, None, pdl)
         if inputs.num_rows > inputs.num_decode:
             _prefill(layer, inputs, query, sinks, out)
+        return out
+
+    def decode_fresh(self, layer: PagedLayer, qkv: torch.Tensor, heads: Heads, pdl: bool = False) -> torch.Tensor:
+        """Attention of decode rows from their projections [rows, (q_heads + 2 kv_heads) * dim]: normalizes and rotates
+        heads, writes K and V, and attends; [rows, q_heads, dim]."""
+        inputs, spec = self._inputs, layer.spec
+        assert inputs is not None, "decode before begin"
+        assert inputs.num_decode == len(qkv), f"{len(qkv)} rows, {inputs.num_decode} of them decode"
+        out = qkv.new_empty(len(qkv), spec.q_heads, spec.v_dim)
+        self._decode(layer, inputs, qkv.view(len(qkv), -1, spec.k_dim), None, out, heads, pdl)
         return out
 
     def _decode(
@@ -126,6 +156,7 @@ class TritonBackend:
         query: torch.Tensor,
         sinks: torch.Tensor | None,
         out: torch.Tensor,
+        fresh: Heads | None,
         pdl: bool,
     ) -> None:
         spec, rows = layer.spec, inputs.num_decode
@@ -149,6 +180,7 @@ class TritonBackend:
             self._arrived,
             query if sinks is None else sinks,
             out,
+            *(_NO_HEADS if fresh is None else fresh.arguments),
             *_scales(spec),
             work.window,
             query.stride(0),
@@ -164,6 +196,8 @@ class TritonBackend:
             has_softcap=spec.softcap is not None,
             has_sinks=sinks is not None,
             precision=_precision(spec),
+            fresh=fresh is not None,
+            has_norm=fresh is not None and fresh.q_gain is not None,
             pdl=pdl,
             num_warps=num_warps,
             launch_pdl=pdl,

@@ -57,9 +57,9 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch
     assert [layer.spec.window for layer in ours.layers] == windows
     lengths, new = ((1, 2, 17, 50, 100), 24) if _ON_GPU else ((1, 17), 5)
     prompts = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
-    for few_rows in (64, 0):
-        assert ours.decoder is not None
-        ours.decoder.few_rows = few_rows
+    assert ours.decoder is not None
+    for ways in ours.decoder.both_ways():
+        ours.decoder.ways = ways
         with torch.inference_mode():
             tokens, logits = paged_generate(ours, prompts, new, chunk=40)
         for prompt, ids, mine in zip(prompts, tokens, logits, strict=True):
@@ -67,7 +67,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch
             with torch.inference_mode():
                 whole = torch.tensor([prompt + ids])
                 want = theirs(whole.to(theirs.device)).logits[0, len(prompt) - 1 : -1].float().cpu()
-            assert ((mine - want).norm() / want.norm()).item() < _LIMIT, (name, few_rows)
+            assert ((mine - want).norm() / want.norm()).item() < _LIMIT, (name, ways)
             best = want.topk(2).values
             clear = best[:, 0] - best[:, 1] > (_MARGIN if _ON_GPU else 1e-3)
             assert clear.any()
@@ -82,20 +82,22 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
     save_model(tmp_path, ARCHITECTURES["llama"][0], ARCHITECTURES["llama"][1] | _WIDER)
     decoder = fused(tmp_path, monkeypatch).decoder
     assert decoder is not None
-    ran: list[tuple[int, int]] = []
+    ran: list[int] = []
 
     def forward(rows: int) -> torch.Tensor:
-        ran.append((rows, decoder.few_rows))
+        ran.append(rows)
         return torch.empty(0)
 
-    def slower_with_few(run: Any) -> float:
+    def seconds(run: Any) -> float:
+        """Up to 16 rows are faster by `linear_kernel`, more by cuBLAS."""
         run()
-        return float(decoder.few_rows)
+        rows = ran[-1]
+        few = decoder.ways[decoder_module.block_m(rows)].few
+        return float(few == (rows > 16))
 
-    monkeypatch.setattr(decoder_module, "time_graph", slower_with_few)
-    decoder.choose_few_rows(forward, 40)
-    assert ran == [(40, 0), (40, 64), (32, 0), (32, 32)]
-    assert decoder.few_rows == 16
-    monkeypatch.setattr(decoder_module, "time_graph", lambda run: -slower_with_few(run))
-    decoder.choose_few_rows(forward, 8)
-    assert (ran[4:], decoder.few_rows) == ([(8, 0), (8, 64)], 64)
+    monkeypatch.setattr(decoder_module, "time_graph", seconds)
+    default = decoder.ways.copy()
+    decoder.choose_ways(forward, 40)
+    assert set(ran) == {16, 32, 40}
+    assert [decoder.ways[size].few for size in (16, 32, 64)] == [True, False, False]
+    assert decoder.ways[0] == default[0]
