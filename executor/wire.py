@@ -30,8 +30,8 @@ class Wire:
         self.results = RingWriter(channels.result_ring)
         self._plan_bell, self._result_bell = Doorbell(channels.plan_bell), Doorbell(channels.result_bell)
         self._next_result = self.results.head + 1
-        # The ring has one writer: what other ranks compute goes nowhere.
-        self._scratch = np.zeros(self.results.slot_bytes, np.uint8) if channels.rank else None
+        self.publishes = channels.rank == 0  # the ring has one writer: what other ranks compute goes nowhere
+        self._scratch = np.zeros(self.results.slot_bytes, np.uint8)
         self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: zmq.Socket[bytes] | None = None
         self._stopping = False
@@ -43,6 +43,11 @@ class Wire:
         signal.set_wakeup_fd(self._stop_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
+    @property
+    def is_stopping(self) -> bool:
+        """SIGTERM came, or `stop` was called."""
+        return self._stopping
+
     def stop(self) -> None:
         """Make `next_plan` return None; from any thread."""
         self._stopping = True
@@ -52,10 +57,10 @@ class Wire:
         self._stopping = True
 
     def hello(self, num_blocks: int) -> None:
-        """Tell the scheduler that this epoch takes plans."""
-        if self._channels.rank == 0:
-            self._control = connect_dealer(zmq.Context.instance(), self._channels.control, new_identity())
-            self._control.send(encode(ExecutorHello(PROTOCOL_VERSION, self._channels.epoch, os.getpid(), num_blocks)))
+        """Tell the scheduler that this rank takes plans of this epoch."""
+        epoch, rank = self._channels.epoch, self._channels.rank
+        self._control = connect_dealer(zmq.Context.instance(), self._channels.control, new_identity())
+        self._control.send(encode(ExecutorHello(PROTOCOL_VERSION, epoch, os.getpid(), num_blocks, rank)))
 
     def next_plan(self) -> Bytes | None:
         """Payload of the next plan of this epoch; sleeps until there is one. None when asked to stop.
@@ -81,12 +86,13 @@ class Wire:
         """(ring sequence number, payload) for the next result; publish them in the same order."""
         seq = self._next_result
         self._next_result += 1
-        return seq, self.results.begin(seq) if self._scratch is None else self._scratch
+        return seq, self.results.begin(seq) if self.publishes else self._scratch
 
     def publish(self, result_seq: int, plan_seq: int) -> None:
         """The result is complete: show it, give the plan back, wake the scheduler."""
-        if self._channels.rank == 0:
+        if self.publishes:
             self.results.publish(result_seq)
         self.plans.ack(plan_seq)
-        if self._channels.rank == 0:
+        # A rank that lags fills the ring while results go on: then the scheduler waits for this slot.
+        if self.publishes or self.plans.head - plan_seq >= self.plans.slots - 1:
             self._result_bell.ring()

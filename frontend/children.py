@@ -43,9 +43,11 @@ class Plumbing:
         self.listener = listener
         self._trace = trace
         self._frontends_started = itertools.count()
-        self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes)
+        self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes, config.ranks)
         self.result_ring = create_ring(RING_SLOTS, config.result_layout.nbytes)
-        self.plan_bell, self.result_bell = Doorbell.create(), Doorbell.create()
+        self.plan_bells = [Doorbell.create() for _ in range(config.ranks)]
+        self.result_bell = Doorbell.create()
+        self._rendezvous = (-1, -1)  # (epoch, memory file) of the executor's youngest life
         self.ready_bell = Doorbell.create()  # its count adds up: one for each frontend that can serve
         self.parent_pipe, self._death_pipe = os.pipe2(os.O_CLOEXEC)
         self.endpoints = EndpointDirectory()
@@ -58,7 +60,7 @@ class Plumbing:
         """The channels of the scheduler's life number `life`, and the fds among them."""
         channels = SchedulerChannels(
             plan_ring=self.plan_ring,
-            plan_bells=(self.plan_bell.fd,),
+            plan_bells=tuple(bell.fd for bell in self.plan_bells),
             result_ring=self.result_ring,
             result_bell=self.result_bell.fd,
             frontend=self.endpoints.frontend,
@@ -72,22 +74,32 @@ class Plumbing:
     @property
     def _ring_fds(self) -> list[int]:
         """What both ends of the rings inherit."""
-        rings = [self.plan_ring, self.plan_bell.fd, self.result_ring, self.result_bell.fd]
-        return [*rings, self.parent_pipe, *self._traces]
+        bells = [bell.fd for bell in self.plan_bells]
+        return [self.plan_ring, *bells, self.result_ring, self.result_bell.fd, self.parent_pipe, *self._traces]
 
-    def executor(self, epoch: int) -> tuple[ExecutorChannels, list[int]]:
-        """The channels of an executor whose first epoch is `epoch`, and the fds among them."""
+    def executor(self, epoch: int, rank: int) -> tuple[ExecutorChannels, list[int]]:
+        """The channels of a rank of an executor whose first epoch is `epoch`, and the fds among them."""
         channels = ExecutorChannels(
             epoch=epoch,
+            rank=rank,
+            rendezvous=self._meet(epoch),
             plan_ring=self.plan_ring,
-            plan_bell=self.plan_bell.fd,
+            plan_bell=self.plan_bells[rank].fd,
             result_ring=self.result_ring,
             result_bell=self.result_bell.fd,
             control=self.endpoints.control,
             parent_pipe=self.parent_pipe,
-            trace=self._trace,
+            trace=-1 if rank else self._trace,
         )
-        return channels, self._ring_fds
+        return channels, [*self._ring_fds, channels.rendezvous]
+
+    def _meet(self, epoch: int) -> int:
+        """The memory file where the ranks that start in `epoch` meet: an empty one, whatever an earlier life left."""
+        if self._rendezvous[0] != epoch:
+            if self._rendezvous[1] >= 0:
+                os.close(self._rendezvous[1])
+            self._rendezvous = epoch, os.memfd_create("tandem-ranks", os.MFD_CLOEXEC)
+        return self._rendezvous[1]
 
     def frontend(self, life: int) -> tuple[FrontendChannels, list[int]]:
         """A serving frontend's channels, and the fds among them; `life` counts those that were restarted."""
@@ -105,8 +117,10 @@ class Plumbing:
 
     def close(self) -> None:
         self.endpoints.close()
-        for bell in (self.plan_bell, self.result_bell, self.ready_bell):
+        for bell in (*self.plan_bells, self.result_bell, self.ready_bell):
             bell.close()
+        if self._rendezvous[1] >= 0:
+            os.close(self._rendezvous[1])
         for fd in (self.plan_ring, self.result_ring, self.parent_pipe, self._death_pipe):
             os.close(fd)
 
@@ -114,11 +128,13 @@ class Plumbing:
 class Child:
     """One running process. Its stderr passes through the launcher, so that the first failure can be shown last."""
 
-    def __init__(self, role: str, module: str, config: EngineConfig, channels: msgspec.Struct, fds: list[int]) -> None:
-        self.role = role
+    def __init__(
+        self, role: str, index: int, module: str, config: EngineConfig, channels: msgspec.Struct, fds: list[int]
+    ) -> None:
+        self.role, self.index = role, index  # index: the rank of an executor
         self.tail = bytearray()  # the last of what it wrote to stderr
         start = write_start(config, channels)
-        self.stderr, writer = _stderr_pair()
+        self.stderr, writer = _stderr_pair(terminal=index == 0)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, "--start-fd", str(start)],
@@ -169,9 +185,9 @@ class Child:
         return text[start:] if start >= 0 else "\n".join(text.splitlines()[-20:])
 
 
-def _stderr_pair() -> tuple[int, int]:
-    """(read end, write end): a terminal if ours is one, so that progress bars show, else a pipe."""
-    if not sys.stderr.isatty():
+def _stderr_pair(terminal: bool) -> tuple[int, int]:
+    """(read end, write end): a terminal if ours is one and progress bars shall show, else a pipe."""
+    if not terminal or not sys.stderr.isatty():
         return os.pipe2(os.O_CLOEXEC)
     reader, writer = os.openpty()
     size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, bytes(8))

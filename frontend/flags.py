@@ -41,6 +41,7 @@ ALIASES: Final = {
     "--api-server-count": "--frontends",
     "--tokenizer-worker-num": "--frontends",
     "--max-queued-requests": "--max-num-queued-reqs",
+    "--tp-size": "--tensor-parallel-size",
 }
 _SWITCH: Final = argparse.BooleanOptionalAction  # every switch has a --no- form, for files and variables
 _UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -78,6 +79,7 @@ class Options:
     pipeline_depth: int
     enable_prefix_caching: bool
     device: str
+    tensor_parallel_size: int
     block_size: int
     num_gpu_blocks_override: int | None
     kv_cache_memory_bytes: int | None
@@ -205,6 +207,9 @@ def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
 def _device_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("device and memory")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument(
+        "--tensor-parallel-size", type=_integer(1, 32), default=1, metavar="N", help="GPUs that share the model"
+    )
     group.add_argument("--block-size", type=_integer(1, 256), default=16, metavar="TOKENS", help="tokens of a KV block")
     group.add_argument("--num-gpu-blocks-override", type=_integer(2), metavar="N", help="KV blocks; default: profile")
     group.add_argument("--kv-cache-memory-bytes", type=_size_bytes, metavar="SIZE", help="such as 4G, or 512MiB")
@@ -434,6 +439,7 @@ def engine_config(
         trust_remote_code=options.trust_remote_code,
         enforce_eager=options.enforce_eager,
         compile=(device == "cuda" if options.compile is None else options.compile) and not options.enforce_eager,
+        ranks=options.tensor_parallel_size,
         block_size=options.block_size,
         num_blocks=options.num_gpu_blocks_override,
         kv_cache_bytes=options.kv_cache_memory_bytes,

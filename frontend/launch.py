@@ -106,6 +106,11 @@ def prepare(options: flags.Options) -> EngineConfig:
     if options.auth_keys is not None:
         load_server_keys(Path(options.auth_keys))  # so that a fault is known before the model loads
     device = choose_device(options.device)
+    ranks = options.tensor_parallel_size
+    if device == "cuda" and ranks > (gpus := cuda_devices()) and not options.fake_executor:
+        raise ConfigError(
+            f"{ranks} ranks need a GPU each, the NVIDIA driver shows {gpus}", param="--tensor-parallel-size"
+        )
     weights = not (options.random_weights or options.fake_executor)
     folder = model_files.find_model(options.model, weights=weights, trust_remote_code=options.trust_remote_code)
     card = model_files.read_card(
@@ -168,7 +173,7 @@ def _supervise(
         return Supervisor(
             config,
             plumbing,
-            engine_roles(options.frontends, fake_executor=options.fake_executor),
+            engine_roles(options.frontends, ranks=config.ranks, fake_executor=options.fake_executor),
             shutdown_timeout_s=options.shutdown_timeout,
             max_restarts=options.max_restarts,
             on_ready=announce,

@@ -72,11 +72,11 @@ class Role:
     count: int
 
 
-def engine_roles(frontends: int, *, fake_executor: bool = False) -> dict[str, Role]:
+def engine_roles(frontends: int, *, ranks: int = 1, fake_executor: bool = False) -> dict[str, Role]:
     """The processes of an engine in the order of their start; they stop in the opposite order."""
     return {
         "scheduler": Role("scheduler", 1),
-        "executor": Role("executor.fake" if fake_executor else "executor", 1),
+        "executor": Role("executor.fake" if fake_executor else "executor", ranks),
         "frontend": Role("frontend", frontends),
     }
 
@@ -114,6 +114,7 @@ class Supervisor:
         self._epoch = 0  # of scheduler and executor together: a new one begins when either ends
         self._lives = dict.fromkeys(roles, 0)  # restarts so far
         self._num_blocks = 0  # of the executor that is attached; 0 while none is
+        self._regrouping = False  # a rank has ended, and with it the life of all of them
         self._lost_s: dict[str, float] = {}  # when scheduler or executor ended, until the engine serves again
         self._silent_beats = 0  # of the scheduler
         self._aborting = False  # the drain has become an abort
@@ -132,8 +133,8 @@ class Supervisor:
             self._greet_scheduler()
             self._after(HEARTBEAT_S, self._beat)
             for name, role in self._roles.items():
-                for _ in range(role.count):
-                    self._spawn(name)
+                for index in range(role.count):
+                    self._spawn(name, index)
             while self._children:
                 self._turn()
         finally:
@@ -179,15 +180,15 @@ class Supervisor:
         except zmq.Again:
             _log("the scheduler does not read its control socket")
 
-    def _spawn(self, name: str) -> None:
+    def _spawn(self, name: str, index: int) -> None:
         channels: msgspec.Struct
         if name == "executor":
-            channels, fds = self._plumbing.executor(self._epoch)
+            channels, fds = self._plumbing.executor(self._epoch, index)
         elif name == "scheduler":
             channels, fds = self._plumbing.scheduler(self._lives[name])
         else:
             channels, fds = self._plumbing.frontend(self._lives[name])
-        child = Child(name, self._roles[name].module, self._config, channels, fds)
+        child = Child(name, index, self._roles[name].module, self._config, channels, fds)
         self._children[child.pidfd] = child
         self._watch(child.pidfd, lambda: self._on_exit(child))
         self._watch(child.stderr, lambda: self._on_stderr(child))
@@ -203,6 +204,8 @@ class Supervisor:
         code = child.reap()
         if self._phase is Phase.STOPPING:
             self._continue_stop()
+        elif child.role == "executor" and self._regrouping:
+            self._regroup()
         elif self._phase is Phase.STARTING or code == _CONFIG_FAULT or not self._may_restart(child.role):
             self._fail(child, code)
         else:
@@ -221,7 +224,19 @@ class Supervisor:
         self._lives[child.role] += 1
         if child.role != "frontend":
             self._begin_epoch(child.role)
-        self._spawn(child.role)
+        if child.role == "executor":
+            self._regrouping = True
+            self._kill(self._of_role("executor"))
+            self._regroup()
+        else:
+            self._spawn(child.role, child.index)
+
+    def _regroup(self) -> None:
+        """Start all ranks of an executor anew once the last one has ended: none can go on without the others."""
+        if not self._of_role("executor"):
+            self._regrouping = False
+            for rank in range(self._roles["executor"].count):
+                self._spawn("executor", rank)
 
     def _begin_epoch(self, lost: str) -> None:
         """Scheduler or executor ended; plans and results of this epoch mean nothing to the next one."""
@@ -238,7 +253,8 @@ class Supervisor:
         executors = self._of_role("executor")
         if self._num_blocks:
             # Its memory is intact, and it runs what is planned in order: the next scheduler can go on with it.
-            self._send(ExecutorHello(PROTOCOL_VERSION, self._epoch, executors[0].pid, self._num_blocks))
+            for rank in executors:
+                self._send(ExecutorHello(PROTOCOL_VERSION, self._epoch, rank.pid, self._num_blocks, rank.index))
         else:
             self._kill(executors)  # it may have said hello to the one that ended, and says it only once
         if self._phase is Phase.DRAINING:

@@ -44,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     enforce_eager: bool = False  # no CUDA graphs
     compile: bool = False  # compile the decoder layers
+    ranks: int = 1  # executor processes that share the model: tensor parallel
     block_size: int = 16
     num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
     kv_cache_bytes: int | None = None
@@ -83,7 +84,8 @@ class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
     """Inherited by an executor rank. File descriptors, and the scheduler's control endpoint."""
 
     epoch: int  # counts lives of scheduler and executor together: plans of an earlier one are not run
-    rank: int = 0
+    rank: int = 0  # of `EngineConfig.ranks`, all of which read the same plans
+    rendezvous: int = -1  # empty memory file where the ranks of one life find each other
     plan_ring: int
     plan_bell: int
     result_ring: int
@@ -91,6 +93,11 @@ class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
     control: str
     trace: int = -1  # memory of the step trace; -1: nothing is traced
     parent_pipe: int  # reads end-of-file when the launcher dies
+
+    @property
+    def role(self) -> str:
+        """What the process is called in ps and in its errors."""
+        return f"executor {self.rank}" if self.rank else "executor"
 
 
 class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):

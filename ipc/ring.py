@@ -26,6 +26,7 @@ from ipc.errors import ProtocolError
 MAGIC: Final = 0x54414E44454D0001
 _LINE: Final = 64
 _SLOT_ALIGN: Final = 4096  # a page: what cudaHostRegister pins
+_MAX_READERS: Final = _SLOT_ALIGN // _LINE - 2
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -47,6 +48,7 @@ def create_ring(slots: int, slot_bytes: int, readers: int = 1) -> int:
 
     Raises OSError (ENOSPC) here, not SIGBUS later, if /dev/shm cannot hold it.
     """
+    assert readers <= _MAX_READERS, f"{readers} readers, their acks have room for {_MAX_READERS}"
     slot_bytes = -(-slot_bytes // _SLOT_ALIGN) * _SLOT_ALIGN
     fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -93,11 +95,22 @@ class Ring:
 class RingWriter(Ring):
     """The single writer. `begin` gives the next slot's payload, `publish` makes it visible."""
 
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._slowest = self.acked  # when last looked at: readers only go on
+
+    def has_room(self, seq: int) -> bool:
+        """Whether slot `seq` may be written: no reader may still read its last lap."""
+        if seq - self._slowest > self.slots:
+            self._slowest = self.acked
+        return seq - self._slowest <= self.slots
+
     def begin(self, seq: int) -> Bytes:
         """Payload of slot `seq` [slot_bytes]; raises RingFullError while a reader may still read its last lap."""
-        slowest = self.acked
-        if seq - slowest > self.slots:
-            raise RingFullError(f"slot {seq} is {seq - slowest} ahead of the slowest reader; the ring has {self.slots}")
+        if not self.has_room(seq):
+            raise RingFullError(
+                f"slot {seq} is {seq - self._slowest} ahead of the slowest reader; the ring has {self.slots}"
+            )
         self._stamps[seq % self.slots][0] = -seq
         return self._payloads[seq % self.slots]
 

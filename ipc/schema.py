@@ -245,19 +245,21 @@ class FrontendStuck(Message, frozen=True, tag="frontend_stuck"):
 
 
 class ExecutorHello(Message, frozen=True, tag="executor_hello"):
-    """Rank 0 is attached to the rings and ready to run. `num_blocks` counts the null block.
+    """A rank is attached to the rings and ready to run; plans are sent once all have said so. `num_blocks` counts the
+    null block.
 
-    After the scheduler was restarted the launcher says it for an executor that was attached before, with a new epoch.
+    After the scheduler was restarted the launcher says it for ranks that were attached before, with a new epoch.
     """
 
     version: int
     epoch: int
     pid: int
     num_blocks: int
+    rank: int = 0
 
 
 class ExecutorLost(Message, frozen=True, tag="executor_lost"):
-    """The executor of this epoch is gone; running requests wait with their tokens for the next one."""
+    """The ranks of this epoch are gone; running requests wait with their tokens for the next ones."""
 
     epoch: int
 

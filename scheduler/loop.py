@@ -109,6 +109,7 @@ class Loop:
         self.owes_drained = False
         self.stats_line = StatsLine(now_ns())
         self.stuck_epoch = -1  # the last one reported
+        self.ranks: dict[int, ExecutorHello] = {}  # of the newest epoch
         self.poller = zmq.Poller()
         for waitable in (self.result_bell.fd, self.grammar_bell.fd, self.stop_bell.fd, self.frontends, self.control):
             self.poller.register(waitable, zmq.POLLIN)
@@ -154,7 +155,7 @@ class Loop:
     def plan_ahead(self) -> None:
         """Fill the pipeline: plan until `depth` plans are in flight or no row can run."""
         state = self.state
-        while self._has_executor and state.has_work and len(state.inflight) < self.config.pipeline_depth:
+        while self._can_plan and state.has_work and len(state.inflight) < self.config.pipeline_depth:
             start = now_ns()
             if not state.inflight:
                 self.last_result_ns = start
@@ -175,11 +176,11 @@ class Loop:
             self.trace.span(Track.SCHEDULER, act, start_ns, end_ns, step, rows)
 
     @property
-    def _has_executor(self) -> bool:
-        """It is attached, and holds no plan of a scheduler before this one."""
-        return self.state.attached and (
-            self.state.seq > self.inherited_seq or self.plan_ring.acked >= self.inherited_seq
-        )
+    def _can_plan(self) -> bool:
+        """An executor is attached, holds no plan of a scheduler before this one, and has no rank a whole lap behind."""
+        state, ring = self.state, self.plan_ring
+        inherits = state.seq == self.inherited_seq and ring.acked < self.inherited_seq
+        return state.attached and not inherits and ring.has_room(ring.head + 1)
 
     def exchange_masks(self) -> None:
         """Ask for the grammar masks that are missing, and let the rows go on whose masks have come."""
@@ -386,7 +387,7 @@ class Loop:
             case ExecutorHello():
                 if message.version != PROTOCOL_VERSION:
                     raise ProtocolError(f"executor speaks version {message.version}, expected {PROTOCOL_VERSION}")
-                self._attach(message)
+                self._on_rank(message)
             case ExecutorLost() if message.epoch == state.epoch and state.attached:
                 log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
                 self._detach()
@@ -401,13 +402,22 @@ class Loop:
         self._end(crashed, FinishReason.CRASHED)
         self.plan_ring.restart()
 
-    def _attach(self, hello: ExecutorHello) -> None:
+    def _on_rank(self, hello: ExecutorHello) -> None:
+        """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
+        if not 0 <= hello.rank < self.config.ranks:
+            raise ProtocolError(f"rank {hello.rank} of an executor of {self.config.ranks}")
+        self.ranks = {rank: other for rank, other in self.ranks.items() if other.epoch == hello.epoch}
+        self.ranks[hello.rank] = hello
         if self.state.attached:
             self._detach()
+        if set(self.ranks) == set(range(self.config.ranks)):
+            self._attach(hello.epoch, min(rank.num_blocks for rank in self.ranks.values()))
+
+    def _attach(self, epoch: int, num_blocks: int) -> None:
         for bell in self.plan_bells:
             bell.ring()  # a scheduler that died may have published a plan without ringing for it
         self.last_result_ns = now_ns()
-        for request in self.state.executor_attached(hello.epoch, hello.num_blocks):
+        for request in self.state.executor_attached(epoch, num_blocks):
             peer = self.peers.get(request.peer)
             self.state.finish(request)
             if peer is not None:
@@ -468,7 +478,7 @@ class Loop:
         return now_ns() < self.rejoined_ns or any(peer.outbox for peer in self.peers)
 
     def _step_age_ns(self) -> int:
-        waits = self.state.inflight or (self.state.attached and self.state.has_work and not self._has_executor)
+        waits = self.state.inflight or (self.state.attached and self.state.has_work and not self._can_plan)
         return now_ns() - self.last_result_ns if waits else 0
 
     def stats(self) -> Stats:

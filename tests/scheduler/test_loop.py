@@ -90,12 +90,12 @@ class Bench:
     def __init__(self, folder: Path, **changes: object) -> None:
         self.config = tiny_config(**changes)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self.plan_ring = plan_ring = create_ring(RING_SLOTS, self.config.limits.plan_bytes)
+        self.plan_ring = plan_ring = create_ring(RING_SLOTS, self.config.limits.plan_bytes, self.config.ranks)
         result_ring = create_ring(RING_SLOTS, self.config.result_layout.nbytes)
         self.frontend, self.control = (f"ipc://{folder}/{name}" for name in ("frontend", "control"))
         channels = SchedulerChannels(
             plan_ring=plan_ring,
-            plan_bells=(Doorbell.create().fd,),
+            plan_bells=tuple(Doorbell.create().fd for _ in range(self.config.ranks)),
             result_ring=result_ring,
             result_bell=Doorbell.create().fd,
             frontend=self.frontend,
@@ -455,4 +455,26 @@ def test_grammars_hold_back_their_own_rows_only_and_end_them_when_they_cannot_go
     stats = peer.stats()
     assert (stats.running, stats.waiting, stats.requests_rejected) == (0, 0, 1)
     assert stats.requests_finished["invalid_grammar"] == 1
+    bench.close()
+
+
+def test_plans_wait_until_every_rank_is_ready_and_none_is_a_lap_behind(tmp_path: Path) -> None:
+    """The second rank has fewer blocks than the first, and does not give its plans back at first."""
+    bench = Bench(tmp_path, ranks=2)
+    second = RingReader(bench.plan_ring, 1)
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 1, 2, 17, 0), ExecutorHello(PROTOCOL_VERSION, 1, 3, 9, 2))
+    early = Peer(bench, bench.frontend, decode_scheduler)
+    early.send(Hello(PROTOCOL_VERSION, "frontend", "test", 3))
+    assert not early.receive(Welcome).ready
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 1, 3, 9, 1))
+    assert bench.launcher.receive(SchedulerReady).kv_tokens == 8 * bench.config.block_size
+    assert early.receive(Welcome).num_blocks == 9
+    assert early.stats().dropped_messages == 1, "the hello of a third rank"
+    early.send(admit(1, max_tokens=RING_SLOTS + 2))
+    receive_rows(early, RING_SLOTS)
+    assert early.stats().steps == RING_SLOTS, "planned past a rank that lags"
+    assert bench.loop._step_age_ns() > 0, "a rank that hangs must be noticed"
+    for seq in range(1, RING_SLOTS + 1):
+        second.ack(seq)
+    receive_rows(early, 2)
     bench.close()
