@@ -52,9 +52,9 @@ class DecodeGraphs:
         forward: Callable[[StepInputs], torch.Tensor],
         sample_greedy: Callable[[StepInputs, torch.Tensor], torch.Tensor],
     ) -> None:
-        from executor.unpack_kernel import decode_inputs, unpack_decode  # Triton needs CUDA
+        from executor.unpack_kernel import UnpackDecode, decode_inputs  # Triton needs CUDA
 
-        self._unpack, self._inputs = unpack_decode, decode_inputs
+        self._unpack, self._inputs = UnpackDecode(state), decode_inputs
         self._state, self._max_kv_len = state, max_kv_len
         self._forward, self._sample_greedy = forward, sample_greedy
         device = state.position.device
@@ -76,7 +76,7 @@ class DecodeGraphs:
         They are the first rows of the returned graph; the others are padding.
         """
         bucket = self._bucket[plan.header.num_rows]
-        self._unpack(plan, self._state, self._row_slot[:bucket])
+        self._unpack(plan, self._row_slot[:bucket])
         graph = self._graphs[bucket]
         graph.model.replay()
         return graph

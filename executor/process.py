@@ -69,16 +69,16 @@ class Executor:
         self._watch = CompileWatch()
         self._streams = open_streams(self._device)
         # Memory freed on one stream is not reused on another, so the start happens where the steps will.
-        with self._streams.on(self._streams.compute):
-            self._runner = self._load(config, phases)
-            if self._device.type == "cuda":
-                self._warm_up(config, phases)
-            if config.compile:
-                stop_compiling()
+        self._streams.use(self._streams.compute)
+        self._runner = self._load(config, phases)
+        if self._device.type == "cuda":
+            self._warm_up(config, phases)
+        if config.compile:
+            stop_compiling()
         self._lanes = Lanes(
             self._streams,
             self._device,
-            depth=config.pipeline_depth,
+            depth=config.max_depth,
             in_bytes=self._limits.plan_bytes,
             out_bytes=self._layout.nbytes - RESULT_HEADER_BYTES,
             on_done=self._publish,

@@ -53,7 +53,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 8192
     max_prefill_chunk: int | None = None  # tokens one request may prefill in a step; None: the whole budget
     enable_prefix_caching: bool = True
-    pipeline_depth: int = 2
+    pipeline_depth: int = 2  # steps in flight; 0: chosen by their length
     max_num_queued_reqs: int = 100_000
     max_num_queued_tokens: int | None = None  # None: no limit but that on requests
     watchdog_timeout_s: float = 60.0
@@ -74,6 +74,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_logprobs=self.card.max_logprobs,
             vocab_size=self.card.vocab_size,
         )
+
+    @property
+    def max_depth(self) -> int:
+        """Steps that may ever be in flight."""
+        return self.pipeline_depth or MAX_DEPTH
 
     @property
     def result_layout(self) -> ResultLayout:

@@ -155,7 +155,7 @@ class Loop:
     def plan_ahead(self) -> None:
         """Fill the pipeline: plan until `depth` plans are in flight or no row can run."""
         state = self.state
-        while self._can_plan and state.has_work and len(state.inflight) < self.config.pipeline_depth:
+        while self._can_plan and state.has_work and len(state.inflight) < state.depth.steps:
             start = now_ns()
             if not state.inflight:
                 self.last_result_ns = start

@@ -59,7 +59,7 @@ class _Draft:
 def make_plan(state: SchedulerState) -> Plan | None:
     """The next plan, already entered into `state` as in flight; None if no row can run.
 
-    Call only while fewer than `pipeline_depth` plans are in flight.
+    Call only while fewer than `state.depth.steps` plans are in flight.
     """
     limits = state.limits
     draft = _Draft(budget=limits.max_tokens, results=limits.max_results, grammar_room=limits.max_grammar_rows)

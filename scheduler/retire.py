@@ -65,6 +65,7 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
         assert request is not None
         state.complete(request, FinishReason(int(finish[i])))
     state.end_trial()
+    state.depth.observe(result.device_ns)
     state.counters.add_step(result, continues=bool(record.flags & PlanFlag.CONTINUES))
     state.counters.generation_tokens += int(np.count_nonzero(finish != FinishReason.INVALID_LOGITS))
     state.counters.overshoot_rows += int(np.count_nonzero(record.sample)) - len(rows)

@@ -19,6 +19,7 @@ from ipc.histograms import Histograms
 from ipc.schema import Admit, FinishReason, unpack_tokens
 from scheduler.admission import check_grammar, check_lengths, check_params, check_tokens
 from scheduler.blocks import BlockPool
+from scheduler.depth import PipelineDepth
 from scheduler.inflight import PlanRecord
 from scheduler.metrics import Counters, observe_end
 from scheduler.prefix import extend_chain, root_hash
@@ -33,6 +34,7 @@ class SchedulerState:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.limits: FrameLimits = config.limits
+        self.depth = PipelineDepth(config.pipeline_depth)
         self.slots = SlotTable(self.limits)
         self.pool = BlockPool(1)
         self.queue = WaitingQueue()
@@ -280,4 +282,4 @@ class SchedulerState:
         assert all(r is not None and r.state is State.RUNNING for r in running), "a slot runs for no one"
         assert len(running) + self.num_waiting == len(self.requests), "a request is neither running nor waiting"
         assert all(slots.computed[s] <= slots.num_blocks[s] * block_size for s in slots.running), "tokens without block"
-        assert len(self.inflight) <= self.config.pipeline_depth, "more plans in flight than the depth"
+        assert len(self.inflight) <= self.config.max_depth, "more plans in flight than the depth"

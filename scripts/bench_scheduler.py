@@ -100,7 +100,7 @@ def measure_steps(rows: int, waiting: int, steps: int) -> StepCost:
         shadow_us.append((time.perf_counter_ns() - planned) / 1e3)
         plan_us.append((planned - start) / 1e3)
         pending.append(plan)
-        if len(pending) == state.config.pipeline_depth:
+        if len(pending) == state.depth.steps:
             result = answer(pending.popleft(), tokens)
             start = time.perf_counter_ns()
             retire(state, result)

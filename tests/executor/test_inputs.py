@@ -142,7 +142,7 @@ def test_a_plan_without_deltas_touches_nothing() -> None:
 def test_the_unpack_kernel_does_what_the_torch_version_does() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from executor.unpack_kernel import unpack_decode
+    from executor.unpack_kernel import UnpackDecode
 
     limits = FrameLimits(max_rows=600, max_tokens=600, max_seq_len=500, block_size=4, max_logprobs=0)
     device = torch.device("cuda")
@@ -163,7 +163,7 @@ def test_the_unpack_kernel_does_what_the_torch_version_does() -> None:
             state.block_table.fill_(-7)
         row_slot = torch.full((limits.max_rows + 1,), -7, dtype=torch.int32, device=device)
         apply_blocks(staged, want)
-        unpack_decode(staged, got, row_slot[:bucket])
+        UnpackDecode(got)(staged, row_slot[:bucket])
         assert torch.equal(got.block_table, want.block_table)
         padding = [got.null_slot] * (bucket - rows)
         assert row_slot.tolist() == plan.row_slot.tolist() + padding + [-7] * (limits.max_rows + 1 - bucket)

@@ -16,7 +16,7 @@ from tests.frontend.model_folder import tiny_model, write_config, write_safetens
 def test_defaults():
     options = flags.parse(["some/model"])
     assert (options.model, options.host, options.port) == ("some/model", "127.0.0.1", 8000)
-    assert (options.pipeline_depth, options.enable_prefix_caching, options.device) == (2, True, "auto")
+    assert (options.pipeline_depth, options.enable_prefix_caching, options.device) == (0, True, "auto")
 
 
 @pytest.mark.parametrize("alias", flags.ALIASES)
@@ -38,9 +38,9 @@ def test_underscores_are_dashes_and_equals_is_a_space():
 @pytest.mark.parametrize(
     ("given", "depth"),
     [
-        ([], 2),
+        ([], 0),
         (["--no-async-scheduling"], 1),
-        (["--async-scheduling"], 2),
+        (["--async-scheduling"], 0),
         (["--pipeline-depth", "3"], 3),
         (["--async-scheduling", "--pipeline-depth", "3"], 3),
         (["--no-async-scheduling", "--pipeline-depth", "1"], 1),
@@ -64,7 +64,7 @@ def test_sizes(text, size):
         (["m", "--max_model_length=5"], "--max-model-length: no such flag; did you mean --max-model-len?"),
         (["m", "--port", "http"], "--port: expected a whole number, got 'http'"),
         (["m", "--port", "65536"], "--port: must be between 0 and 65535, got 65536"),
-        (["m", "--pipeline-depth", "4"], "--pipeline-depth: must be between 1 and 3, got 4"),
+        (["m", "--pipeline-depth", "4"], "--pipeline-depth: must be between 0 and 3, got 4"),
         (["m", "--pipeline-depth", "2", "--no-async-scheduling"], "--pipeline-depth: 2 contradicts"),
         (["m", "--max-num-seqs", "0"], "--max-num-seqs: must be between 1 and 8192, got 0"),
         (["m", "--gpu-memory-utilization", "nan"], "--gpu-memory-utilization: must be above 0, at most 1, got nan"),

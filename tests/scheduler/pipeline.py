@@ -75,7 +75,7 @@ class Pipeline:
         return found
 
     def plan(self) -> bool:
-        if len(self.state.inflight) >= self.config.pipeline_depth:
+        if len(self.state.inflight) >= self.state.depth.steps:
             return False
         cached = set(self.state.pool.block_of.values())
         allocate = self.state.pool.allocate

@@ -30,7 +30,7 @@ def trial(seed: int, totals: Counter[str] | None = None) -> None:
             max_num_seqs=rng.randint(1, 6),
             max_num_batched_tokens=rng.randint(1, 24),
             max_prefill_chunk=rng.choice([None, 1, 5]),
-            pipeline_depth=rng.randint(1, 3),
+            pipeline_depth=rng.randint(0, 3),
             enable_prefix_caching=rng.random() < 0.8,
         )
     )

@@ -7,6 +7,7 @@ import pytest
 from ipc.errors import ContextLengthError, InvalidParameterError, OverloadedError, UnavailableError
 from ipc.frames import INVALID_TOKEN
 from ipc.schema import FinishReason
+from scheduler.depth import PipelineDepth
 from scheduler.planner import make_plan
 from scheduler.request import State
 from tests.scheduler.pipeline import Pipeline, tiny_config
@@ -80,6 +81,18 @@ def test_in_flight_abort_frees_at_once_and_hides_late_rows(depth: int) -> None:
     assert pipeline.outcomes[1].tokens == []
     assert pipeline.outcomes[2].tokens == sequential_oracle(ENDS_THIRD, 20)
     assert pipeline.state.counters.overshoot_rows >= depth
+
+
+def test_depth_0_is_two_and_three_while_steps_are_short() -> None:
+    depth = PipelineDepth(0)
+    assert depth.steps == 2
+    for device_ns, steps in ((1_000_000, 3), (1_700_000, 3), (5_000_000, 2), (1_700_000, 2), (100_000, 3)):
+        for _ in range(100):
+            depth.observe(device_ns)
+        assert depth.steps == steps
+    fixed = PipelineDepth(1)
+    fixed.observe(100_000)
+    assert fixed.steps == 1
 
 
 @depths
