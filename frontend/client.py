@@ -1,4 +1,4 @@
-"""The client library: prompts in, text out, over one connection to a scheduler. Async, and a blocking twin.
+"""The client library: prompts in, text out, over a connection to each replica. Async, and a blocking twin.
 
 This is the frontend's heart: the HTTP server is an AsyncClient plus OpenAI shapes, a Python program uses it directly.
 It tokenizes, checks, admits, turns tokens into text, finds stop strings, and aborts whatever its caller gives up.
@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from frontend.generation import Generation, collect
+from frontend.replicas import Replicas
 from frontend.request import Chunk, Completion, GenerateParams
-from frontend.session import Session
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
 from ipc.errors import ModelError, TandemError, UnavailableError
@@ -35,7 +35,7 @@ STATS_S: Final = 10.0
 
 
 class AsyncClient:
-    """A connection to one engine, for one event loop.
+    """Connections to all replicas of one engine, for one event loop.
 
     `async with AsyncClient(endpoint) as client:` waits until the engine serves. Every method raises a TandemError of
     the class that names the fault; parameters of generation are those of GenerateParams, as an object or by keyword.
@@ -58,18 +58,18 @@ class AsyncClient:
         """Requests survive a scheduler that comes back within `reconnect_limit_s`.
 
         `auth_keys`: the client's key folder, for a tcp endpoint; raises ConfigError if it is not usable. `on_frame`:
-        see Session. `request_timeout_s`: for requests that bring no `timeout_s`. `queue_timeout_s`: how long any may
+        see Replicas. `request_timeout_s`: for requests that bring no `timeout_s`. `queue_timeout_s`: how long any may
         wait to run.
         """
         self._request_timeout_s, self._queue_timeout_s = request_timeout_s, queue_timeout_s
         keys = None if auth_keys is None else load_client_keys(Path(auth_keys))
-        self._session = Session(endpoint, name, heartbeat_s, heartbeat_limit_s, reconnect_limit_s, keys, on_frame)
+        self._replicas = Replicas(endpoint, name, heartbeat_s, heartbeat_limit_s, reconnect_limit_s, keys, on_frame)
         self._tokenizer = tokenizer
         self._no_tokenizer: ModelError | None = None
 
     async def connect(self, timeout_s: float = CONNECT_S, *, wait_ready: bool = False) -> ModelCard:
         """Shake hands, load the tokenizer. `wait_ready`: also until the engine serves. Raises UnavailableError."""
-        card = (await self._session.open(timeout_s, wait_ready)).card
+        card = (await self._replicas.open(timeout_s, wait_ready)).card
         if self._tokenizer is None:
             try:
                 self._tokenizer = await asyncio.to_thread(Tokenizer.load, card.path)
@@ -81,7 +81,7 @@ class AsyncClient:
 
     async def close(self, error: TandemError | None = None) -> None:
         """Open requests end with `error` (CancelledError by default) and are aborted in the engine."""
-        await self._session.close(error)
+        await self._replicas.close(error)
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect(wait_ready=True)
@@ -100,9 +100,9 @@ class AsyncClient:
     @property
     def engine(self) -> Welcome:
         """What the engine said of itself; raises UnavailableError before `connect`."""
-        if self._session.welcome is None:
+        if self._replicas.welcome is None:
             raise UnavailableError("the client is not connected")
-        return self._session.welcome
+        return self._replicas.welcome
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -113,35 +113,41 @@ class AsyncClient:
 
     @property
     def connected(self) -> bool:
-        """The scheduler answers."""
-        return self._session.connected
+        """A replica answers."""
+        return self._replicas.connected
 
     @property
     def ready(self) -> bool:
         """Requests are served."""
-        return self._session.ready
+        return self._replicas.ready
 
     @property
     def draining(self) -> bool:
         """The engine finishes what is open and takes nothing new."""
-        return self._session.draining
+        return self._replicas.draining
 
     @property
-    def last_stats(self) -> Stats | None:
-        """The statistics that came last; one comes with every heartbeat."""
-        return self._session.last_stats
+    def last_stats(self) -> dict[int, Stats]:
+        """The statistics of each replica that answers, by number; they come with every heartbeat."""
+        return self._replicas.last_stats
+
+    @property
+    def replicas(self) -> dict[int, Welcome]:
+        """What each replica that answers said of itself last, by number."""
+        sessions = self._replicas.sessions.items()
+        return {number: s.welcome for number, s in sessions if s.connected and s.welcome is not None}
 
     def watch_fan_out(self, watcher: Callable[[int, int], None]) -> None:
         """After each frame of tokens, once their readers have run: watcher(nanoseconds at its arrival, rows)."""
-        self._session.on_fan_out = watcher
+        self._replicas.on_fan_out = watcher
 
     async def stats(self, timeout_s: float = STATS_S, *, restart_longest: bool = False) -> Stats:
         """The engine's counters; `restart_longest` has the `longest_*` ones begin anew after this answer."""
-        return await self._session.stats(timeout_s, restart_longest)
+        return await self._replicas.stats(timeout_s, restart_longest)
 
-    async def invariants(self, timeout_s: float = STATS_S) -> Invariants:
-        """What must add up in the scheduler; only of an engine started with --enable-debug-endpoints."""
-        return await self._session.invariants(timeout_s)
+    async def invariants(self, timeout_s: float = STATS_S) -> dict[int, Invariants]:
+        """What must add up in each scheduler; only of an engine started with --enable-debug-endpoints."""
+        return await self._replicas.invariants(timeout_s)
 
     async def encode(self, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt; those given as ids are returned as they are."""
@@ -256,7 +262,7 @@ class AsyncClient:
         # Stop strings are found here, so somebody has to look at the text as it comes.
         each_token = not whole or bool(params.stop_strings)
         return Generation(
-            self._session,
+            self._replicas,
             self._tokenizer,
             self.card,
             prompts,

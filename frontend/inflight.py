@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from ipc.errors import (
     UnavailableError,
 )
 from ipc.schema import Admit, FinishReason, Logprobs, SamplingParams
+
+if TYPE_CHECKING:
+    from frontend.session import Session
 
 UNSENT: Final = -1  # request_id before submission
 
@@ -73,6 +76,7 @@ class Flight:
         "error",
         "finish",
         "grammar",
+        "home",
         "index",
         "logprobs",
         "mailbox",
@@ -103,7 +107,8 @@ class Flight:
         self.priority = priority
         self.cache_salt = cache_salt
         self.grammar = grammar
-        self.request_id = UNSENT  # given at submission
+        self.request_id = UNSENT  # given at submission, by the session that is its home
+        self.home: Session | None = None
         self.tokens = array("i")
         self.logprobs: list[LogprobRow] | None = None if params.logprobs < 0 else []  # as long as tokens
         self.prompt_logprobs: list[LogprobRow] = []  # of prompt[1:], complete with the first token

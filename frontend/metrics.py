@@ -1,12 +1,12 @@
-"""Prometheus metrics under vLLM's names, behind a prefix of the user's choice.
+"""Prometheus metrics under vLLM's names, behind a prefix of the user's choice; replica N has the label engine="N".
 
-Owned by one serving frontend. Everything comes from the scheduler's Stats, so every frontend reports the same. Must
+Owned by one serving frontend. Everything comes from the schedulers' Stats, so every frontend reports the same. Must
 never count anything itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Final
 
@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ipc.histograms import unpack_histograms
+from ipc.histograms import FAMILIES, unpack_histograms
 from ipc.schema import Stats
 
 _LABELS: Final = ("model_name", "engine")
@@ -61,40 +61,47 @@ _COUNTERS: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
 
 
 class _EngineCollector(Collector):
-    """The last Stats message as Prometheus families, made at each scrape."""
+    """The last Stats of each replica as Prometheus families, made at each scrape."""
 
-    def __init__(self, prefix: str, model_name: str, last_stats: Callable[[], Stats | None]) -> None:
+    def __init__(self, prefix: str, model_name: str, last_stats: Callable[[], Mapping[int, Stats]]) -> None:
         self._prefix = prefix
-        self._values = (model_name, "0")
+        self._model_name = model_name
         self._last_stats = last_stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._last_stats()
-        if stats is None:
+        replicas = [((self._model_name, str(number)), stats) for number, stats in self._last_stats().items()]
+        if not replicas:
             return
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(self._prefix + name, text, labels=_LABELS)
-            gauge.add_metric(self._values, float(value(stats)))
+            for labels, stats in replicas:
+                gauge.add_metric(labels, float(value(stats)))
             yield gauge
         for name, text, value in _COUNTERS:
             counter = CounterMetricFamily(self._prefix + name, text, labels=_LABELS)
-            counter.add_metric(self._values, float(value(stats)))
+            for labels, stats in replicas:
+                counter.add_metric(labels, float(value(stats)))
             yield counter
         finished = CounterMetricFamily(
             self._prefix + "request_success", "Requests finished, by reason.", labels=(*_LABELS, "finished_reason")
         )
-        for reason, count in stats.requests_finished.items():
-            finished.add_metric((*self._values, reason), float(count))
+        for labels, stats in replicas:
+            for reason, count in stats.requests_finished.items():
+                finished.add_metric((*labels, reason), float(count))
         yield finished
-        for family, total, counts in unpack_histograms(stats.histograms):
-            histogram = HistogramMetricFamily(self._prefix + family.name, family.text, labels=_LABELS)
-            edges = [str(float(edge)) for edge in family.edges] + ["+Inf"]
-            histogram.add_metric(self._values, list(zip(edges, accumulate(counts), strict=True)), total)
-            yield histogram
+        yield from self._histograms(replicas)
+
+    def _histograms(self, replicas: list[tuple[tuple[str, str], Stats]]) -> Iterator[Metric]:
+        made = [HistogramMetricFamily(self._prefix + family.name, family.text, labels=_LABELS) for family in FAMILIES]
+        for labels, stats in replicas:
+            for histogram, (family, total, counts) in zip(made, unpack_histograms(stats.histograms), strict=False):
+                edges = [str(float(edge)) for edge in family.edges] + ["+Inf"]
+                histogram.add_metric(labels, list(zip(edges, accumulate(counts), strict=True)), total)
+        yield from (histogram for histogram in made if histogram.samples)
 
 
-def make_registry(prefix: str, model_name: str, last_stats: Callable[[], Stats | None]) -> CollectorRegistry:
-    """What a frontend shows at /metrics; `last_stats` is asked at each scrape, `prefix` comes without its colon."""
+def make_registry(prefix: str, model_name: str, last_stats: Callable[[], Mapping[int, Stats]]) -> CollectorRegistry:
+    """What a frontend shows at /metrics; `last_stats`, by replica, is asked at each scrape. `prefix`: without colon."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_EngineCollector(f"{prefix}:", model_name, last_stats))
     return registry

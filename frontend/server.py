@@ -47,9 +47,10 @@ from frontend.request import GenerateParams
 from frontend.shapes import ChatShape, CompletionShape, Echo
 from frontend.tokenizer import Tokenizer
 from frontend.tools import parser_for, tool_use
+from frontend.totals import total_invariants
 from ipc.config import HttpConfig
 from ipc.errors import InvalidParameterError, ModelError, ModelNotFoundError, TandemError, UnavailableError
-from ipc.schema import Stats
+from ipc.schema import Invariants, Stats
 from ipc.trace import Trace
 
 AnyRequest = Request[Any, Any, Any]
@@ -114,9 +115,9 @@ class Service:
         self.require_ready()
         if self.client.draining:
             raise UnavailableError("the engine is shutting down")
-        stats = self.client.last_stats
-        if stats is not None and stats.step_age_ns * 1e-9 > self.config.watchdog_timeout_s:
-            raise UnavailableError(f"no step finished for {stats.step_age_ns * 1e-9:.0f} s")
+        ages_s = [stats.step_age_ns * 1e-9 for stats in self.client.last_stats.values()]
+        if ages_s and min(ages_s) > self.config.watchdog_timeout_s:
+            raise UnavailableError(f"no step finished for {min(ages_s):.0f} s")
 
     def require_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError if the request names another model."""
@@ -307,6 +308,14 @@ async def load(request: AnyRequest) -> AnyResponse:
 async def server_info(request: AnyRequest) -> AnyResponse:
     service = _service(request)
     stats, engine, card = await _fresh_stats(service), service.client.engine, service.client.card
+    replicas = {
+        number: {
+            "kv_cache_tokens": each.blocks_total * engine.block_size,
+            "executor_epoch": each.epoch,
+            "draining": each.draining,
+        }
+        for number, each in service.client.last_stats.items()
+    }
     return _json(
         {
             "version": version("tandem-engine"),
@@ -321,6 +330,7 @@ async def server_info(request: AnyRequest) -> AnyResponse:
             "frontends": stats.frontends,
             "executor_epoch": stats.epoch,
             "draining": stats.draining,
+            "replicas": replicas,
         }
     )
 
@@ -344,12 +354,17 @@ async def metrics(request: AnyRequest) -> AnyResponse:
 
 @get("/debug/invariants")
 async def invariants(request: AnyRequest) -> AnyResponse:
-    """What must add up in the scheduler, as numbers; 500 if it does not."""
+    """What must add up in the schedulers, as numbers, summed and of each replica; 500 if it does not."""
     service = _service(request)
     service.require_connected()
     found = await service.client.invariants(_STATS_TIMEOUT_S)
-    fields = {name: getattr(found, name) for name in found.__struct_fields__}
-    return _json(fields, 500 if found.violations else 200)
+    total = total_invariants(found)
+    replicas = {number: _fields(each) for number, each in found.items()}
+    return _json({**_fields(total), "replicas": replicas}, 500 if total.violations else 200)
+
+
+def _fields(found: Invariants) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in found.__struct_fields__}
 
 
 def to_error(request: AnyRequest, error: Exception) -> AnyResponse:

@@ -1,12 +1,13 @@
 """One connection to a scheduler: the DEALER, the handshake, heartbeats, and the table of open sequences.
 
-Owned by an AsyncClient and used from its event loop only. Tokens go from the frame into the sequence they belong to.
-Must never decode text, and never block: a send that would is an UnavailableError.
+Owned by a client's Replicas and used from its event loop only. Tokens go from the frame into the sequence they belong
+to. Must never decode text, and never block: a send that would is an UnavailableError. The other end may turn out to be
+a directory, which sends Members and takes no sequence.
 
 A socket that loses its peer, or hears nothing for a while, is thrown away with all that is queued in it. The new one
 says Hello under a new identity, and once it is welcome every open sequence is admitted again with the tokens it has: a
 scheduler that was restarted continues it, and one that was only away has nothing left of the old connection. Sequences
-fail if that takes too long.
+fail if that takes too long. Until then their owner may have them continued elsewhere: `release` here, `adopt` there.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ from ipc.schema import (
     Heartbeat,
     Hello,
     Invariants,
+    Member,
+    Members,
+    Paused,
     Rejected,
     Stats,
     Tokens,
@@ -69,10 +73,12 @@ _PEER: Final = -1  # the request_id of a Rejected that is about this peer itself
 
 
 class Session:
-    """The connection. `open` first; `close` last.
+    """The connection. `open` or `start` first; `close` last.
 
     After that `connected` tells whether the scheduler answers, `ready` whether it serves, and both change by
-    themselves. `on_frame` is called with the number of each Tokens frame, counted from 1.
+    themselves. The callbacks: `on_frame` with the number of each Tokens frame, counted from 1; `on_change` after
+    anything that decides whether requests are taken; `on_load` with what the scheduler says of its load; `on_refused`
+    with a sequence that the scheduler takes no more: True if it was taken elsewhere.
     """
 
     def __init__(
@@ -84,7 +90,9 @@ class Session:
         reconnect_limit_s: float = RECONNECT_LIMIT_S,
         keys: ClientKeys | None = None,
         on_frame: Callable[[int], object] | None = None,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
+        """`context`: shared with others and ended by its owner; None: one of its own."""
         check_endpoint(endpoint, keys)
         self.endpoint: Final = endpoint
         self._keys = keys
@@ -93,6 +101,12 @@ class Session:
         self.last_stats: Stats | None = None
         self.connected = False
         self.draining = False
+        self.paused = False  # its executor is being replaced
+        self.members: list[Member] | None = None  # the last ones, if the other end is a directory
+        self.on_change: Callable[[], None] | None = None
+        self.on_load: Callable[[int, int, int], None] | None = None
+        self.on_refused: Callable[[Flight], bool] | None = None
+        self._shared_context = context
         self._heartbeat_s = heartbeat_s
         self._max_silent_beats = math.ceil(heartbeat_limit_s / heartbeat_s)
         self._max_lost_beats = math.ceil(reconnect_limit_s / heartbeat_s)
@@ -122,15 +136,22 @@ class Session:
         return self.connected and self.welcome is not None and self.welcome.ready
 
     @property
+    def takes_requests(self) -> bool:
+        """New requests would run now."""
+        return self.ready and not self.draining and not self.paused
+
+    @property
+    def refusal(self) -> TandemError | None:
+        """Why the other end wants nothing to do with this client."""
+        return self._refusal
+
+    @property
     def open_sequences(self) -> int:
         return len(self._flights)
 
     async def open(self, timeout_s: float, wait_ready: bool) -> Welcome:
         """Connect and shake hands. Raises UnavailableError after `timeout_s`, ProtocolError for another version."""
-        self._loop = asyncio.get_running_loop()
-        self._context = zmq.Context()
-        self._open_socket()
-        self._beats = self._loop.create_task(self._beat(), name=f"heartbeat {self.name}")
+        self.start()
         try:
             async with asyncio.timeout(timeout_s):
                 while not (self.ready if wait_ready else self.connected):
@@ -148,6 +169,13 @@ class Session:
         assert self.welcome is not None, "connected without a Welcome"
         return self.welcome
 
+    def start(self) -> None:
+        """Connect, without waiting for an answer."""
+        self._loop = asyncio.get_running_loop()
+        self._context = self._shared_context or zmq.Context()
+        self._open_socket()
+        self._beats = self._loop.create_task(self._beat(), name=f"heartbeat {self.name}")
+
     async def close(self, error: TandemError | None = None) -> None:
         """Say Goodbye, fail what is still open with `error`, release the socket. May be called twice."""
         if self._context is None:
@@ -161,8 +189,9 @@ class Session:
         self._offer(Goodbye())
         self._close_socket(_GOODBYE_MS)
         self.connected = False
-        # Waits until the Goodbye has left, at most _GOODBYE_MS.
-        await asyncio.to_thread(context.term)
+        if context is not self._shared_context:
+            # Waits until the Goodbye has left, at most _GOODBYE_MS.
+            await asyncio.to_thread(context.term)
 
     def submit(self, flights: Iterable[Flight]) -> None:
         """Send new sequences. Raises UnavailableError if the engine is starting, draining, gone or swamped."""
@@ -176,12 +205,29 @@ class Session:
             raise UnavailableError("the engine is still starting")
         flights = list(flights)
         for flight in flights:
-            self._next_id += 1
-            flight.request_id = self._next_id
-            self._flights[flight.request_id] = flight
+            self._register(flight)
             if self._replays or not self._offer(flight.admit()):
                 self.abort(flights)
                 raise UnavailableError("the scheduler takes no more messages just now")
+
+    def _register(self, flight: Flight) -> None:
+        self._next_id += 1
+        flight.request_id, flight.home = self._next_id, self
+        self._flights[flight.request_id] = flight
+
+    def release(self) -> list[Flight]:
+        """Give up all that is open here, to be adopted elsewhere."""
+        flights = list(self._flights.values())
+        self._replays.clear()
+        self.abort(flights)
+        return flights
+
+    def adopt(self, flights: Iterable[Flight]) -> None:
+        """Continue sequences that another session released; if this one is away they wait for it."""
+        for flight in flights:
+            self._register(flight)
+            self._replays.append(flight)
+        self._flush()
 
     def abort(self, flights: Iterable[Flight], *, stopped: bool = False) -> None:
         """End sequences early; those that ended already are left alone. `stopped`: a stop string was found."""
@@ -289,6 +335,8 @@ class Session:
             started = self._flights.get(request_id)
             if started is not None:
                 started.start(cached)
+        if self.on_load is not None and frame.running >= 0:
+            self.on_load(frame.running, frame.waiting, frame.queued_tokens)
         if frame.scores is not None:
             self._on_scores(column(frame.scored_id, np.int64), logprob_rows(frame.scores))
         logprobs = {} if frame.logprobs is None else logprob_rows(frame.logprobs)
@@ -329,9 +377,12 @@ class Session:
         error = from_code(message.code, message.message, message.param)
         if message.request_id != _PEER:
             flight = self._flights.pop(message.request_id, None)
-            if flight is not None:
-                flight.error = error
-                flight.mailbox.post(flight)
+            if flight is None:
+                return
+            if isinstance(error, UnavailableError) and self.on_refused is not None and self.on_refused(flight):
+                return
+            flight.error = error
+            flight.mailbox.post(flight)
         elif self.connected and isinstance(error, UnavailableError):
             self._reconnect("does not know this client any more")
         elif self.connected:
@@ -339,7 +390,12 @@ class Session:
             self._reconnect("refused this client")
         else:
             self._refusal = error
-            self._changed.set()
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        if self.on_change is not None:
+            self.on_change()
 
     def _on_welcome(self, message: Welcome) -> None:
         if message.version != PROTOCOL_VERSION:
@@ -348,17 +404,26 @@ class Session:
             )
         else:
             self.welcome = message
+            self.paused = False
             if not self.connected:
                 self.connected = True
                 self.draining = False
                 self._aborts, self._stops = [], []
                 self._replays = deque(self._flights.values())
                 self._flush()
-        self._changed.set()
+        self._notify()
+
+    def _on_members(self, message: Members) -> None:
+        self.connected = True
+        if message.members != self.members:
+            self.members = message.members
+            self._notify()
 
     def _on_stats(self, message: Stats) -> None:
         self.last_stats = message
-        self.draining = message.draining
+        self._set_draining(message.draining)
+        if self.on_load is not None:
+            self.on_load(message.running, message.waiting, message.queued_tokens)
         self._answer(message)
 
     def _answer(self, message: Stats | Invariants) -> None:
@@ -367,7 +432,16 @@ class Session:
                 waiter.set_result(message)
 
     def _on_draining(self, message: Draining) -> None:
-        self.draining = True
+        self._set_draining(True)
+
+    def _set_draining(self, draining: bool) -> None:
+        if draining != self.draining:
+            self.draining = draining
+            self._notify()
+
+    def _on_paused(self, message: Paused) -> None:
+        self.paused = True
+        self._notify()
 
     _HANDLERS: Final[dict[type, Callable[[Any, Any], None]]] = {
         Tokens: _on_tokens,
@@ -376,6 +450,8 @@ class Session:
         Stats: _on_stats,
         Invariants: _answer,
         Draining: _on_draining,
+        Paused: _on_paused,
+        Members: _on_members,
     }
 
     def _flush(self) -> None:
@@ -385,7 +461,7 @@ class Session:
             return
         while self._replays:
             flight = self._replays[0]
-            if flight.request_id in self._flights and not self._offer(flight.admit(replay=True)):
+            if self._flights.get(flight.request_id) is flight and not self._offer(flight.admit(replay=True)):
                 self._flush_due = True
                 self._loop.call_later(_RETRY_S, self._flush)
                 return
@@ -419,7 +495,7 @@ class Session:
         self._fail_waiters(UnavailableError(f"the scheduler at {self.endpoint} {why}"))
         self._close_socket(0)
         self._open_socket()
-        self._changed.set()
+        self._notify()
 
     def _fail_all(self, error: TandemError) -> None:
         """End every open sequence with `error`."""

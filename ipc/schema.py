@@ -4,7 +4,9 @@ A message is one ZMQ part: a msgpack array tagged with its type. Token ids trave
 columns, because a list of 8k ids costs 200 us and the bytes 0.4 us.
 
     frontend  -> scheduler   Hello, Heartbeat, Admit, Abort, GetStats, GetInvariants, Goodbye
-    scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Invariants, Draining
+    frontend  -> directory   Hello, Heartbeat, Goodbye    (the launcher's socket; answered with Members)
+    launcher  -> directory   Join, Goodbye                (of a replica elsewhere)
+    scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Invariants, Draining, Paused
     launcher  -> scheduler   Hello, ExecutorHello, ExecutorLost, Drain    (control socket)
     executor  -> scheduler   ExecutorHello                                (control socket)
     scheduler -> launcher    Alive, SchedulerReady, Drained, ExecutorStuck, FrontendStuck
@@ -100,6 +102,10 @@ class Welcome(Message, frozen=True, tag="welcome"):
     block_size: int
 
 
+class Paused(Message, frozen=True, tag="paused"):
+    """The executor is being replaced; what is open, or admitted meanwhile, waits. A Welcome follows when it runs."""
+
+
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     sent_ns: int
 
@@ -160,6 +166,9 @@ class Tokens(Message, frozen=True, tag="tokens"):
     logprobs: Logprobs | None = None
     scored_id: bytes = b""  # int64 [scored]: whose prompt the rows of `scores` are of, each prompt in order
     scores: Logprobs | None = None
+    running: int = -1  # in the scheduler, after this frame; the three make its load. -1: it does not say
+    waiting: int = 0
+    queued_tokens: int = 0  # of those that wait
 
 
 class Draining(Message, frozen=True, tag="draining"):
@@ -205,6 +214,7 @@ class Stats(Message, frozen=True, tag="stats"):
     longest_step_ns: int = 0  # likewise, on the device
     compilations: int = 0  # kernels compiled and graphs captured while serving; must stay 0
     histograms: bytes = b""  # ipc.histograms
+    queued_tokens: int = 0  # now, of those that wait
 
 
 class GetInvariants(Message, frozen=True, tag="get_invariants"):
@@ -280,6 +290,29 @@ class SchedulerReady(Message, frozen=True, tag="scheduler_ready"):
     tcp_endpoint: str = ""  # as bound, with its port, for frontends of other hosts
 
 
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """One replica of an engine, as its clients see it."""
+
+    number: int  # what metrics call it; never given to another one
+    endpoint: str  # of its scheduler, for processes of the directory's host
+    remote: str = ""  # the same for other hosts: tcp with CURVE; empty if there is none
+
+
+class Members(Message, frozen=True, tag="members"):
+    """All replicas there are now. Who is not listed has left: its open requests belong elsewhere."""
+
+    version: int
+    members: list[Member]
+
+
+class Join(Message, frozen=True, tag="join"):
+    """Replicas of a launcher elsewhere serve here too, for as long as this is repeated; numbers are the directory's."""
+
+    version: int
+    pid: int
+    members: list[Member]
+
+
 class Drain(Message, frozen=True, tag="drain"):
     """Take no new request; answer Drained when the last open one ends. A second Drain with abort ends them now."""
 
@@ -291,7 +324,8 @@ class Drained(Message, frozen=True, tag="drained"):
 
 
 FrontendMessage = Hello | Heartbeat | Admit | Abort | GetStats | GetInvariants | Goodbye
-SchedulerMessage = Welcome | Tokens | Rejected | Stats | Invariants | Draining
+SchedulerMessage = Welcome | Tokens | Rejected | Stats | Invariants | Draining | Paused | Members
+DirectoryMessage = Hello | Heartbeat | Goodbye | Join
 ControlMessage = Hello | ExecutorHello | ExecutorLost | Drain
 LauncherMessage = Alive | SchedulerReady | Drained | ExecutorStuck | FrontendStuck
 
@@ -313,6 +347,7 @@ class Decoder:
 
 decode_frontend: Final = Decoder(FrontendMessage)
 decode_scheduler: Final = Decoder(SchedulerMessage)
+decode_directory: Final = Decoder(DirectoryMessage)
 decode_control: Final = Decoder(ControlMessage)
 decode_launcher: Final = Decoder(LauncherMessage)
 

@@ -49,6 +49,7 @@ from ipc.schema import (
     Heartbeat,
     Hello,
     Message,
+    Paused,
     Rejected,
     SchedulerReady,
     Stats,
@@ -228,7 +229,7 @@ class Loop:
         self.state.started.clear()
         start, rows = now_ns(), 0
         for peer in self.peers:
-            if peer.outbox and self._send(peer, peer.outbox.message()):
+            if peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
                 rows += peer.outbox.rows
                 peer.outbox.clear()
             elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
@@ -401,6 +402,8 @@ class Loop:
             log.warning("a request of %d tokens crashed the executor twice; it is given up", len(request.tokens))
         self._end(crashed, FinishReason.CRASHED)
         self.plan_ring.restart()
+        for peer in self.peers:
+            self._reply(peer, Paused())
 
     def _on_rank(self, hello: ExecutorHello) -> None:
         """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
@@ -495,5 +498,6 @@ class Loop:
             frontends=len(self.peers),
             draining=state.draining,
             histograms=state.histograms.pack(),
+            queued_tokens=state.queue.num_tokens,
             **{name: getattr(counters, name) for name in counters.__slots__},
         )

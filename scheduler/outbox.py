@@ -67,8 +67,8 @@ class Outbox:
         self._scored_id.append(delivery.score_request_id[mine])
         self.num_scores += len(mine)
 
-    def message(self) -> Tokens:
-        """One frame of everything; `clear` follows once it is sent."""
+    def message(self, load: tuple[int, int, int]) -> Tokens:
+        """One frame of everything; `clear` follows once it is sent. `load`: running, waiting, queued tokens."""
         started = np.array(self.started, np.int64).reshape(-1, 2)
         return Tokens(
             **{name: b"".join(c.tobytes() for c in column) for name, column in self._columns.items()},
@@ -77,6 +77,9 @@ class Outbox:
             logprobs=_message(self._logprobs),
             scored_id=b"".join(c.tobytes() for c in self._scored_id),
             scores=_message(self._scores),
+            running=load[0],
+            waiting=load[1],
+            queued_tokens=load[2],
         )
 
     def clear(self) -> None:

@@ -170,6 +170,11 @@ class SchedulerState:
     def num_waiting(self) -> int:
         return len(self.queue) + len(self.preparing)
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Running requests, waiting ones, tokens of those."""
+        return len(self.slots.running), self.num_waiting, self.queue.num_tokens
+
     def requests_of(self, peer: int) -> list[Request]:
         return [request for (owner, _), request in self.requests.items() if owner == peer]
 

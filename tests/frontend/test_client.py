@@ -64,7 +64,7 @@ def with_client(
         with ScriptedScheduler(on_admit=script) as scheduler:
             async with AsyncClient(scheduler.endpoint, tokenizer=byte_level_tokenizer()) as client:
                 await body(scheduler, client)
-                assert client._session.open_sequences == 0
+                assert client._replicas.open_sequences == 0
 
     run(main())
 
@@ -145,7 +145,7 @@ def test_a_reader_that_lags_gets_several_tokens_in_one_chunk(tokenizer: Tokenize
         assert (await first).token_ids == (ids[0],)
         for token in ids[1:]:
             scheduler.send(tokens([(admit.request_id, token, RUNNING)]))
-        flight = client._session._flights[admit.request_id]
+        flight = client._replicas.sessions[0]._flights[admit.request_id]
         while len(flight.tokens) < len(ids):
             await asyncio.sleep(0.005)
         assert (await anext(stream)).token_ids == tuple(ids[1:])

@@ -48,7 +48,7 @@ def samples(
     packed = (histograms or Histograms()).pack()
     last = stats(requests_finished={"stop": 3, "length": 4}, blocks_total=10, blocks_free=4, histograms=packed)
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(exposition(make_registry(prefix, "m", lambda: last)).decode()):
+    for family in text_string_to_metric_families(exposition(make_registry(prefix, "m", lambda: {0: last})).decode()):
         for sample in family.samples:
             found.setdefault(sample.name, []).append((sample.labels, sample.value))
     return found
@@ -73,6 +73,14 @@ def test_a_histogram_is_cumulative_and_exact() -> None:
     assert (buckets["0.001"], buckets["0.002"], buckets["0.02"], buckets["2.5"], buckets["+Inf"]) == (2, 3, 9, 9, 10)
     assert found[f"{name}_count"][0][1] == 10
     assert found[f"{name}_sum"][0][1] == pytest.approx(0.0005 + 0.001 + 0.0011 + 3 + 0.12)
+
+
+def test_replicas_are_told_apart_by_their_label() -> None:
+    registry = make_registry("engine", "m", lambda: {0: stats(running=3), 12: stats(running=4)})
+    found = exposition(registry).decode()
+    assert 'engine:num_requests_running{engine="0",model_name="m"} 3.0' in found
+    assert 'engine:num_requests_running{engine="12",model_name="m"} 4.0' in found
+    assert found.count("# TYPE engine:num_requests_running gauge") == 1
 
 
 def test_a_table_of_another_version_is_a_protocol_error() -> None:
