@@ -78,10 +78,11 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
         step += 1
         start_ns = now_ns()
         plan = read_plan(payload)
-        poison = fault.strike(step, plan.prefill_token)
+        struck = fault.strike(step, plan.prefill_token)
+        wire.corrupt_next |= struck == "corrupt"
         result_seq, result = wire.begin_result()
         tokens = np.concatenate((model.step(plan), plan.score_token))
-        if poison:
+        if struck == "nan":
             tokens[0] = INVALID_TOKEN
         result[layout.token : layout.token + tokens.nbytes].view(np.int32)[:] = tokens
         has_logprobs = bool(plan.flags & PlanFlag.LOGPROBS)

@@ -132,10 +132,11 @@ class Executor:
         while (payload := self._wire.next_plan()) is not None:
             since_ns = now_ns()
             step += 1
-            poison = self._fault.strike(step, read_plan(payload).prefill_token if self._fault.kind else None)
+            struck = self._fault.strike(step, read_plan(payload).prefill_token if self._fault.kind else None)
+            self._wire.corrupt_next |= struck == "corrupt"
             if self._profile is not None:
                 self._profile.before(step)
-            self._launch(payload, poison, since_ns)
+            self._launch(payload, struck == "nan", since_ns)
         if self._error is not None:
             traceback.print_exception(self._error)
             return 1

@@ -15,7 +15,7 @@ import zmq
 
 from ipc.config import ExecutorChannels
 from ipc.doorbell import Doorbell
-from ipc.frames import Bytes, PlanWord
+from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanWord
 from ipc.ring import RingReader, RingWriter
 from ipc.schema import PROTOCOL_VERSION, ExecutorHello, encode
 from ipc.sockets import connect_dealer, new_identity
@@ -36,6 +36,7 @@ class Wire:
         self._control: zmq.Socket[bytes] | None = None
         self._stopping = False
         self.waited = False  # the last plan was not there when it was asked for
+        self.corrupt_next = False  # a fault on demand: the next result is shown with garbage as its header
 
     def stop_on_sigterm(self) -> None:
         """From now on SIGTERM makes `next_plan` return None. Call from the main thread."""
@@ -91,6 +92,9 @@ class Wire:
     def publish(self, result_seq: int, plan_seq: int) -> None:
         """The result is complete: show it, give the plan back, wake the scheduler."""
         if self.publishes:
+            if self.corrupt_next:
+                self.results.begin(result_seq)[:RESULT_HEADER_BYTES] = 0xAB
+                self.corrupt_next = False
             self.results.publish(result_seq)
         self.plans.ack(plan_seq)
         # A rank that lags fills the ring while results go on: then the scheduler waits for this slot.

@@ -133,6 +133,7 @@ class Child:
     ) -> None:
         self.role, self.index = role, index  # index: the rank of an executor
         self.tail = bytearray()  # the last of what it wrote to stderr
+        self.ended_for = ""  # why the launcher ended it
         start = write_start(config, channels)
         self.stderr, writer = _stderr_pair(terminal=index == 0)
         try:
@@ -179,10 +180,12 @@ class Child:
         return code
 
     def failure(self) -> str:
-        """The last traceback it printed, or its last lines."""
+        """The last traceback it printed, or why it was ended and its last lines."""
         text = self.tail.decode(errors="replace").replace("\r\n", "\n").rstrip()
         start = text.rfind(TRACEBACK)
-        return text[start:] if start >= 0 else "\n".join(text.splitlines()[-20:])
+        if start >= 0:
+            return text[start:]
+        return "\n".join(filter(None, (self.ended_for, *text.splitlines()[-20:])))
 
 
 def _stderr_pair(terminal: bool) -> tuple[int, int]:

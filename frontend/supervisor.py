@@ -23,12 +23,14 @@ import zmq
 from frontend.children import TRACEBACK, Child, Plumbing
 from ipc.clock import now_s
 from ipc.config import EngineConfig
+from ipc.errors import ProtocolError
 from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,
     PROTOCOL_VERSION,
     Drain,
     Drained,
+    ExecutorFaulty,
     ExecutorHello,
     ExecutorLost,
     ExecutorStuck,
@@ -284,7 +286,11 @@ class Supervisor:
     def _on_control(self) -> None:
         control = self._control
         while not control.closed and control.poll(0):
-            message = decode_launcher(control.recv())
+            try:
+                message = decode_launcher(control.recv())
+            except ProtocolError as error:
+                _log(f"not understood on the control socket: {error}")
+                continue
             self._silent_beats = 0
             if isinstance(message, SchedulerReady):
                 self._on_scheduler_ready(message)
@@ -293,6 +299,8 @@ class Supervisor:
                     self._stop(0)
             elif isinstance(message, ExecutorStuck) and message.epoch == self._epoch:
                 self._end_stuck(self._of_role("executor"), f"no step finished for {message.age_s:.1f} s")
+            elif isinstance(message, ExecutorFaulty) and message.epoch == self._epoch:
+                self._end_faulty(self._of_role("executor"), message.reason)
             elif isinstance(message, FrontendStuck):
                 stuck = [child for child in self._of_role("frontend") if child.pid == message.pid]
                 self._end_stuck(stuck, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
@@ -329,8 +337,15 @@ class Supervisor:
             self._end_stuck(self._of_role("scheduler"), f"silent for {silent_s:.1f} s")
         self._after(HEARTBEAT_S, self._beat)
 
+    def _end_faulty(self, faulty: list[Child], why: str) -> None:
+        for child in faulty:
+            _log(f"ending {child.role} (pid {child.pid}): {why}")
+            child.ended_for = why
+        self._kill(faulty)
+
     def _end_stuck(self, stuck: list[Child], why: str) -> None:
         for child in stuck:
+            child.ended_for = why
             _log(f"{why}; ending {child.role} (pid {child.pid}), its stacks:")
             child.signal(signal.SIGUSR1)
             child.signal(signal.SIGCONT)  # one that was stopped shows its stacks only if it goes on

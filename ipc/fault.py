@@ -2,9 +2,9 @@
 
 ROLE is scheduler, executor or frontend; each process asks for its own fault and strikes it once a step: the executor at
 each plan, the scheduler at each result, a frontend at each frame of tokens. KIND is raise, exit, hang or, in the
-executor, nan. `:epoch=E` limits the fault to the life number E of the process, counted from 0; without it,
-every life fails at its N-th step. `executor:token=T:KIND` strikes whenever a prompt holds token T instead: a request
-that crashes whoever runs it.
+executor, nan (the logits of a row) or corrupt (the frame of a result). `:epoch=E` limits the fault to the life number E
+of the process, counted from 0; without it, every life fails at its N-th step. `executor:token=T:KIND` strikes whenever
+a prompt holds token T instead: a request that crashes whoever runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ipc.errors import ConfigError
 
 _VARIABLE: Final = "ENGINE_FAULT"
 _ROLES: Final = ("scheduler", "executor", "frontend")
-_KINDS: Final = ("raise", "exit", "hang", "nan")
+_KINDS: Final = ("raise", "exit", "hang", "nan", "corrupt")
 _NONE: Final = -1
 
 
@@ -33,20 +33,20 @@ class Fault:
     token: int = _NONE
     kind: str = ""
 
-    def strike(self, step: int, prompt: npt.NDArray[np.int32] | None = None) -> bool:
-        """Raise, exit or hang if it is time to; returns True if the logits of the first row must become NaN.
+    def strike(self, step: int, prompt: npt.NDArray[np.int32] | None = None) -> str:
+        """Raise, exit or hang if it is time to; returns "nan" or "corrupt" if the caller must see to it, else "".
 
         `prompt` [n]: the prompt tokens of this step.
         """
         if step != self.step and (prompt is None or self.token not in prompt):
-            return False
+            return ""
         if self.kind == "raise":
             raise RuntimeError(f"{_VARIABLE}: raised at step {step}")
         if self.kind == "exit":
             os._exit(1)
         if self.kind == "hang":
             threading.Event().wait()
-        return True
+        return self.kind
 
 
 NO_FAULT: Final = Fault()

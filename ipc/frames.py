@@ -310,6 +310,7 @@ class ResultWord(IntEnum):
 
 
 RESULT_HEADER_BYTES: Final = 128
+MAX_COUNTED: Final = 1 << 56  # of a result's times, 2 years in ns: they are summed in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,11 +386,17 @@ def write_result_header(
 
 
 def read_result(payload: Bytes, layout: ResultLayout) -> Result:
-    """Views into a result slot (no copy): valid until the slot is acknowledged."""
+    """Views into a result slot (no copy): valid until the slot is acknowledged.
+
+    Raises ProtocolError for a header that no step has.
+    """
     words = payload[:RESULT_HEADER_BYTES].view(np.int64)
     rows, has_logprobs = int(words[ResultWord.NUM_ROWS]), bool(words[ResultWord.HAS_LOGPROBS])
     if not 0 <= rows <= layout.max_results:
         raise ProtocolError(f"result of {rows} rows and scores, the ring was made for {layout.max_results}")
+    for name in (ResultWord.DEVICE_NS, ResultWord.GAP_NS, ResultWord.LAUNCH_NS, ResultWord.COMPILATIONS):
+        if abs(int(words[name])) > MAX_COUNTED:
+            raise ProtocolError(f"result with {name.name} {int(words[name])}, at most {MAX_COUNTED}")
 
     def column(offset: int, dtype: type, width: int = 1) -> Any:
         values: npt.NDArray[Any] = payload[offset : offset + 4 * rows * width].view(dtype)

@@ -132,11 +132,10 @@ class RingReader(Ring):
         if not 0 <= index < self.readers:
             raise ProtocolError(f"reader {index} of a ring made for {self.readers}")
         self._index = index
-        self.next = self.head + 1
-        self._acks[index] = self.next - 1  # what came before was meant for a reader that died
+        self.skip()  # what came before was meant for a reader that died
 
     def poll(self) -> Bytes | None:
-        """Payload of the next slot if it is published, else None."""
+        """Payload of the next slot if it is published, else None. Raises TornFrameError if it holds another frame."""
         if self.head < self.next:
             return None
         self.check(self.next)
@@ -151,6 +150,12 @@ class RingReader(Ring):
     def advance(self) -> None:
         """Go on to the next slot without giving this one back yet."""
         self.next += 1
+
+    def skip(self) -> None:
+        """Give back all that is published, unread."""
+        head = self.head
+        self.next = head + 1
+        self._acks[self._index] = head
 
     def ack(self, seq: int) -> None:
         """Give back every slot up to `seq`."""

@@ -281,6 +281,13 @@ class ExecutorStuck(Message, frozen=True, tag="executor_stuck"):
     age_s: float
 
 
+class ExecutorFaulty(Message, frozen=True, tag="executor_faulty"):
+    """It published what no executor could have made of its plans. Said at each heartbeat until another one comes."""
+
+    epoch: int
+    reason: str
+
+
 class SchedulerReady(Message, frozen=True, tag="scheduler_ready"):
     """An executor is attached and requests are served."""
 
@@ -327,7 +334,7 @@ FrontendMessage = Hello | Heartbeat | Admit | Abort | GetStats | GetInvariants |
 SchedulerMessage = Welcome | Tokens | Rejected | Stats | Invariants | Draining | Paused | Members
 DirectoryMessage = Hello | Heartbeat | Goodbye | Join
 ControlMessage = Hello | ExecutorHello | ExecutorLost | Drain
-LauncherMessage = Alive | SchedulerReady | Drained | ExecutorStuck | FrontendStuck
+LauncherMessage = Alive | SchedulerReady | Drained | ExecutorStuck | ExecutorFaulty | FrontendStuck
 
 encode: Final = msgspec.msgpack.Encoder().encode
 

@@ -26,8 +26,7 @@ from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
 from ipc.errors import GrammarError, ProtocolError, TandemError
 from ipc.fault import read_fault
-from ipc.frames import Result, read_result, write_plan
-from ipc.ring import RingReader, RingWriter
+from ipc.frames import Result
 from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,
@@ -38,6 +37,7 @@ from ipc.schema import (
     Drain,
     Drained,
     Draining,
+    ExecutorFaulty,
     ExecutorHello,
     ExecutorLost,
     ExecutorStuck,
@@ -69,10 +69,12 @@ from scheduler.request import Request, State
 from scheduler.retire import Delivery, retire
 from scheduler.state import SchedulerState
 from scheduler.stats_line import StatsLine
+from scheduler.wire import Wire
 
 log = logging.getLogger(__name__)
 
 MESSAGE_HELPING_NS: Final = 200_000  # time for messages between two looks at the result bell
+MAX_BLOCKS: Final = 1 << 24  # of a KV cache: more than any device holds
 REJOIN_NS: Final = 3_000_000_000  # a scheduler that replaces another one is not drained before: frontends come back
 
 
@@ -84,12 +86,8 @@ class Loop:
         self.state = SchedulerState(config)
         self.peers = PeerTable()
         self.launcher: bytes | None = None
-        self.plan_ring = RingWriter(channels.plan_ring)
-        self.plan_bells = [Doorbell(fd) for fd in channels.plan_bells]
-        self.result_ring = RingReader(channels.result_ring)
-        self.result_bell = Doorbell(channels.result_bell)
-        self.layout = config.result_layout
-        self.state.seq = self.inherited_seq = self.plan_ring.head
+        self.wire = Wire(config, channels)
+        self.state.seq = self.wire.plans.head
         self.fault = read_fault("scheduler", channels.life)
         self.rejoined_ns = now_ns() + (REJOIN_NS if channels.life else 0)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -111,8 +109,15 @@ class Loop:
         self.stats_line = StatsLine(now_ns())
         self.stuck_epoch = -1  # the last one reported
         self.ranks: dict[int, ExecutorHello] = {}  # of the newest epoch
+        self.accusation: ExecutorFaulty | None = None  # until the launcher has replaced that executor
         self.poller = zmq.Poller()
-        for waitable in (self.result_bell.fd, self.grammar_bell.fd, self.stop_bell.fd, self.frontends, self.control):
+        for waitable in (
+            self.wire.result_bell.fd,
+            self.grammar_bell.fd,
+            self.stop_bell.fd,
+            self.frontends,
+            self.control,
+        ):
             self.poller.register(waitable, zmq.POLLIN)
         if self.gatekeeper is not None:
             self.poller.register(self.gatekeeper.socket, zmq.POLLIN)
@@ -121,7 +126,7 @@ class Loop:
         signal.signal(signal.SIGTERM, self._stop)
         while not self.stopping:
             self.poller.poll(int(HEARTBEAT_S * 1e3))
-            self.result_bell.drain()
+            self.wire.result_bell.drain()
             self.take_results()
             self.exchange_masks()
             self.plan_ahead()
@@ -139,19 +144,25 @@ class Loop:
     # -- the step
 
     def take_results(self) -> None:
-        """Retire every published result, in order."""
-        while (payload := self.result_ring.poll()) is not None:
-            start = now_ns()
-            result, seq = read_result(payload, self.layout), self.result_ring.next
-            self.result_ring.advance()
-            if self.state.attached and result.epoch == self.state.epoch:
-                self._sort_out(retire(self.state, result), result)
-                self.last_result_ns = start
-                self.fault.strike(self.state.counters.steps)
-            self.result_ring.ack(seq)
-            end = now_ns()
-            self.state.counters.retire_ns += end - start
-            self._record(Act.RETIRE, start, end, result.seq, len(result.token))
+        """Retire every published result, in order. One that cannot be costs the executor its place."""
+        try:
+            while self.state.attached and (result := self.wire.next_result()) is not None:
+                self._take_result(result)
+        except ProtocolError as error:
+            self._accuse(str(error))
+
+    def _take_result(self, result: Result) -> None:
+        start = now_ns()
+        if result.epoch == self.state.epoch:
+            self._sort_out(retire(self.state, result), result)
+            self.last_result_ns = start
+            self.fault.strike(self.state.counters.steps)
+        elif not 0 <= result.epoch < self.state.epoch:
+            raise ProtocolError(f"result of epoch {result.epoch}, expected {self.state.epoch} or an earlier one")
+        self.wire.give_back()
+        end = now_ns()
+        self.state.counters.retire_ns += end - start
+        self._record(Act.RETIRE, start, end, result.seq, len(result.token))
 
     def plan_ahead(self) -> None:
         """Fill the pipeline: plan until `depth` plans are in flight or no row can run."""
@@ -163,11 +174,7 @@ class Loop:
             plan = make_plan(state)
             if plan is None:
                 break
-            seq = self.plan_ring.head + 1
-            write_plan(self.plan_ring.begin(seq), plan)
-            self.plan_ring.publish(seq)
-            for bell in self.plan_bells:
-                bell.ring()
+            self.wire.send(plan)
             end = now_ns()
             state.counters.plan_ns += end - start
             self._record(Act.PLAN, start, end, plan.seq, plan.num_rows)
@@ -179,9 +186,7 @@ class Loop:
     @property
     def _can_plan(self) -> bool:
         """An executor is attached, holds no plan of a scheduler before this one, and has no rank a whole lap behind."""
-        state, ring = self.state, self.plan_ring
-        inherits = state.seq == self.inherited_seq and ring.acked < self.inherited_seq
-        return state.attached and not inherits and ring.has_room(ring.head + 1)
+        return self.state.attached and self.wire.has_room
 
     def exchange_masks(self) -> None:
         """Ask for the grammar masks that are missing, and let the rows go on whose masks have come."""
@@ -334,7 +339,7 @@ class Loop:
                 if message.restart_longest:
                     self.state.counters.restart_longest()
             case GetInvariants() if self.config.debug_endpoints:
-                self._reply(peer, take_invariants(self.state, self.peers, self.plan_ring, self.result_ring))
+                self._reply(peer, take_invariants(self.state, self.peers, self.wire.plans, self.wire.results))
             case Goodbye():
                 self._remove(peer, "goodbye")
 
@@ -388,6 +393,8 @@ class Loop:
             case ExecutorHello():
                 if message.version != PROTOCOL_VERSION:
                     raise ProtocolError(f"executor speaks version {message.version}, expected {PROTOCOL_VERSION}")
+                if not (0 <= message.epoch < 1 << 31 and 1 < message.num_blocks <= MAX_BLOCKS):
+                    raise ProtocolError(f"executor of epoch {message.epoch} with {message.num_blocks} blocks")
                 self._on_rank(message)
             case ExecutorLost() if message.epoch == state.epoch and state.attached:
                 log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
@@ -395,13 +402,20 @@ class Loop:
             case Drain():
                 self._drain(message.abort)
 
+    def _accuse(self, reason: str) -> None:
+        """The executor broke the protocol: it is believed no more, and the launcher is to replace it."""
+        log.error("the executor of epoch %d is at fault: %s", self.state.epoch, reason)
+        self.accusation = ExecutorFaulty(self.state.epoch, reason)
+        self.next_check_ns = 0
+        self._detach()
+
     def _detach(self) -> None:
         """The executor is gone with all it was given; requests that crashed it twice in a row end here."""
         crashed = self.state.executor_lost()
         for request in crashed:
             log.warning("a request of %d tokens crashed the executor twice; it is given up", len(request.tokens))
         self._end(crashed, FinishReason.CRASHED)
-        self.plan_ring.restart()
+        self.state.seq = self.wire.plans.restart()
         for peer in self.peers:
             self._reply(peer, Paused())
 
@@ -417,8 +431,9 @@ class Loop:
             self._attach(hello.epoch, min(rank.num_blocks for rank in self.ranks.values()))
 
     def _attach(self, epoch: int, num_blocks: int) -> None:
-        for bell in self.plan_bells:
-            bell.ring()  # a scheduler that died may have published a plan without ringing for it
+        self.accusation = None
+        self.wire.results.skip()  # what was published before is not for this epoch
+        self.wire.ring()  # a scheduler that died may have published a plan without doing so
         self.last_result_ns = now_ns()
         for request in self.state.executor_attached(epoch, num_blocks):
             peer = self.peers.get(request.peer)
@@ -467,6 +482,8 @@ class Loop:
                 self._remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
                 self._tell_launcher(FrontendStuck(peer.pid))
         self._tell_launcher(Alive())
+        if self.accusation is not None:
+            self._tell_launcher(self.accusation)
         if self.config.log_stats and self.stats_line.is_due(now):
             line = self.stats_line.make(self.stats(), now)
             if line is not None:

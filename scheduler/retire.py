@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ipc.clock import now_ns
 from ipc.errors import ProtocolError
-from ipc.frames import PlanFlag, Result
+from ipc.frames import INVALID_TOKEN, PlanFlag, Result
 from ipc.schema import FinishReason
 from scheduler.inflight import PlanRecord
 from scheduler.metrics import observe_tokens
@@ -36,10 +36,11 @@ class Delivery:
 
 
 def retire(state: SchedulerState, result: Result) -> Delivery:
-    """Apply the result of the oldest plan in flight. Rows whose slot has changed hands since are dropped."""
-    if not state.inflight or state.inflight[0].seq != result.seq:
-        expected = state.inflight[0].seq if state.inflight else None
-        raise ProtocolError(f"result of plan {result.seq} arrived, expected that of {expected}")
+    """Apply the result of the oldest plan in flight. Rows whose slot has changed hands since are dropped.
+
+    Raises ProtocolError, and changes nothing, for a result that cannot be that of the plan.
+    """
+    _check(state, result)
     record = state.inflight.popleft()
     slots = state.slots
     alive = record.sample & (slots.generation[record.slots] == record.generation)
@@ -71,6 +72,25 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     state.counters.overshoot_rows += int(np.count_nonzero(record.sample)) - len(rows)
     state.was_idle = not state.has_work
     return delivery
+
+
+def _check(state: SchedulerState, result: Result) -> None:
+    """Another process wrote it; of what a step may answer, only the choice of tokens is free."""
+    if not state.inflight or state.inflight[0].seq != result.seq:
+        expected = state.inflight[0].seq if state.inflight else None
+        raise ProtocolError(f"result of plan {result.seq} arrived, expected that of {expected}")
+    record, vocab_size = state.inflight[0], state.config.card.vocab_size
+    num_rows = len(record.slots) + len(record.score_slot)
+    if len(result.token) != num_rows:
+        raise ProtocolError(f"result of {len(result.token)} rows and scores, plan {record.seq} has {num_rows}")
+    if result.logprob is None and record.flags & PlanFlag.LOGPROBS:
+        raise ProtocolError(f"result without log-probabilities, plan {record.seq} asks for them")
+    for name, column in (("token", result.token), ("top_token", result.top_token)):
+        if column is None or not column.size:
+            continue
+        low, high = int(column.min()), int(column.max())
+        if low < INVALID_TOKEN or high >= vocab_size:
+            raise ProtocolError(f"{name} from {low} to {high}, the vocabulary has {vocab_size}")
 
 
 def _score(state: SchedulerState, record: PlanRecord) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:

@@ -208,18 +208,24 @@ def test_a_signal_while_starting_ends_at_once(folder: Path) -> None:
         assert engine.wait() == 0
 
 
-def test_a_killed_executor_is_replaced_and_streams_go_on(folder: Path) -> None:
-    env = {"ENGINE_FAULT": "executor:step=20:epoch=0:exit", "ENGINE_FAKE_STEP_US": "1000"}
+@pytest.mark.parametrize("kind", ["exit", "corrupt"])
+def test_a_killed_executor_is_replaced_and_streams_go_on(folder: Path, kind: str) -> None:
+    """So is one whose result is garbage, and the scheduler that reads it stays."""
+    env = {"ENGINE_FAULT": f"executor:step=20:epoch=0:{kind}", "ENGINE_FAKE_STEP_US": "1000"}
     with launched(folder, env=env) as engine:
+        scheduler = engine.roles()["scheduler"]
         answer = engine.complete(max_tokens=60, return_token_ids=True).json()
         with launched(folder) as calm:
             expected = calm.complete(max_tokens=60, return_token_ids=True).json()
         assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
         assert answer["usage"]["completion_tokens"] == 60
         wait_until(lambda: any("serving again" in line for line in engine.stderr), STOP_S, "a log line")
+        assert engine.roles()["scheduler"].pid == scheduler.pid
         engine.process.terminate()
         assert engine.wait() == 0
-        assert "restart 1 of 3" in "\n".join(engine.stderr)
+        log = "\n".join(engine.stderr)
+        assert "restart 1 of 3" in log
+        assert bool(re.search(r"ending executor \(pid \d+\): result of -\d+ rows", log)) == (kind == "corrupt")
 
 
 def test_a_killed_frontend_is_replaced(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import zmq
 
 from ipc.config import RING_SLOTS, SchedulerChannels
 from ipc.doorbell import Doorbell
-from ipc.frames import PlanFlag, read_plan, write_result_header
+from ipc.frames import Bytes, PlanFlag, read_plan, write_result_header
 from ipc.ring import RingReader, RingWriter, create_ring
 from ipc.schema import (
     PROTOCOL_VERSION,
@@ -91,7 +91,7 @@ class Bench:
         self.config = tiny_config(**changes)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self.plan_ring = plan_ring = create_ring(RING_SLOTS, self.config.limits.plan_bytes, self.config.ranks)
-        result_ring = create_ring(RING_SLOTS, self.config.result_layout.nbytes)
+        self.result_ring = result_ring = create_ring(RING_SLOTS, self.config.result_layout.nbytes)
         self.frontend, self.control = (f"ipc://{folder}/{name}" for name in ("frontend", "control"))
         channels = SchedulerChannels(
             plan_ring=plan_ring,
@@ -107,6 +107,7 @@ class Bench:
         self.plans, self.results = RingReader(plan_ring), RingWriter(result_ring)
         self.answering = True
         self.times: dict[str, int] = {}  # of every result's header
+        self.damage: Callable[[RingWriter, int, Bytes], None] | None = None  # done once, to a result about to be shown
         self.greet()
 
     def greet(self) -> None:
@@ -121,7 +122,14 @@ class Bench:
 
     def attach(self, epoch: int = 1) -> None:
         self.launcher.send(ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17))
-        assert self.launcher.receive(SchedulerReady).epoch == epoch
+        while self.launcher.receive(SchedulerReady).epoch != epoch:
+            pass  # a new launcher is told of the last one first
+
+    def replace_executor(self, epoch: int) -> None:
+        """The launcher has ended it and started another one on the same rings."""
+        self.plans, self.results = RingReader(self.plan_ring), RingWriter(self.result_ring)
+        self.launcher.send(ExecutorLost(epoch - 1))
+        self.attach(epoch)
 
     def frontend_peer(self) -> Peer:
         peer = Peer(self, self.frontend, decode_scheduler)
@@ -145,6 +153,7 @@ class Bench:
             self.plans.advance()
             seq = self.results.head + 1
             result = self.results.begin(seq)
+            result[:] = 0
             layout = self.config.result_layout
             rows, has_logprobs = plan.num_rows + len(plan.score_token), bool(plan.flags & PlanFlag.LOGPROBS)
             result[layout.token : layout.token + 4 * rows].view("i4")[:] = 5
@@ -152,6 +161,9 @@ class Bench:
             write_result_header(result, **numbers, has_logprobs=has_logprobs)
             self.plans.ack(plan.seq)
             self.results.publish(seq)
+            if self.damage is not None:
+                self.damage(self.results, seq, result)
+                self.damage = None
 
     def close(self) -> None:
         self.loop.frontends.close()
@@ -360,7 +372,7 @@ def test_a_new_scheduler_waits_for_the_plans_of_the_dead_one_and_drops_their_res
     assert stats.step_age_ns > 0, "if it never gives them back it is stuck"
     bench.answering = True
     assert receive_rows(back, 3) == [(1, 5, FinishReason.RUNNING)] * 2 + [(1, 5, FinishReason.LENGTH)]
-    assert bench.loop.plan_ring.acked == bench.loop.plan_ring.head == bench.loop.state.seq
+    assert bench.loop.wire.plans.acked == bench.loop.wire.plans.head == bench.loop.state.seq
 
 
 def test_an_executor_that_died_with_the_scheduler_owes_nothing(bench: Bench) -> None:

@@ -14,12 +14,18 @@ from ipc.schema import (
     PROTOCOL_VERSION,
     Abort,
     Admit,
+    ExecutorFaulty,
+    ExecutorHello,
+    ExecutorLost,
+    ExecutorStuck,
+    FrontendStuck,
     GetStats,
     Goodbye,
     Heartbeat,
     Hello,
     Message,
     SamplingParams,
+    SchedulerReady,
     encode,
     pack_tokens,
 )
@@ -50,6 +56,17 @@ MESSAGES: Final[tuple[Message, ...]] = (
     GetStats(),
     Goodbye(),
 )
+CONTROL_MESSAGES: Final[tuple[Message, ...]] = (
+    Hello(PROTOCOL_VERSION, "launcher", "launcher", 1),
+    ExecutorHello(PROTOCOL_VERSION, 1, 2, 17),
+    ExecutorLost(1),
+)
+LAUNCHER_MESSAGES: Final[tuple[Message, ...]] = (
+    SchedulerReady(0, 64, 64, "tcp://127.0.0.1:1"),
+    ExecutorStuck(0, 1.0),
+    ExecutorFaulty(0, "why"),
+    FrontendStuck(1),
+)
 
 
 def like(value: Any) -> st.SearchStrategy[Any]:
@@ -66,9 +83,9 @@ def like(value: Any) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> bytes:
+def mutated(draw: st.DrawFn, messages: tuple[Message, ...] = MESSAGES) -> bytes:
     """A good message of which some fields, or fields of a field, have been replaced; most still decode."""
-    fields = msgspec.msgpack.decode(encode(draw(st.sampled_from([m for m in MESSAGES if m.__struct_fields__]))))
+    fields = msgspec.msgpack.decode(encode(draw(st.sampled_from([m for m in messages if m.__struct_fields__]))))
     for _ in range(draw(st.integers(1, 3))):
         target = fields
         inner = [field for field in fields if isinstance(field, list) and field]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +12,41 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frontend.children import Plumbing
 from frontend.client import AsyncClient
+from frontend.supervisor import Supervisor, engine_roles
 from ipc.errors import ProtocolError, TandemError
-from ipc.frames import ResultLayout, read_plan, read_result
-from ipc.ring import Ring, RingReader, create_ring
-from ipc.schema import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, FinishReason, Hello, Tokens, Welcome, encode
-from ipc.sockets import connect_dealer, new_identity
+from ipc.frames import RESULT_HEADER_BYTES, Bytes, ResultLayout, ResultWord, read_plan, read_result
+from ipc.ring import Ring, RingReader, RingWriter, create_ring
+from ipc.schema import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
+    ExecutorHello,
+    FinishReason,
+    Hello,
+    SchedulerReady,
+    Tokens,
+    Welcome,
+    decode_scheduler,
+    encode,
+)
+from ipc.sockets import bind_router, connect_dealer, new_identity
 from tests.frontend.scripted_scheduler import ScriptedScheduler, whole_answer
-from tests.scheduler.test_loop import LIMIT_MS, Bench, admit, receive_rows
-from tests.security.strategies import NESTED, QUIET, frames, mutated, payloads
+from tests.scheduler.pipeline import tiny_config
+from tests.scheduler.test_loop import LIMIT_MS, Bench, Peer, admit, receive_rows, rows
+from tests.security.strategies import (
+    CONTROL_MESSAGES,
+    EDGES,
+    LAUNCHER_MESSAGES,
+    NESTED,
+    QUIET,
+    frames,
+    mutated,
+    payloads,
+)
 
 LENGTH = FinishReason.LENGTH
+LAST_EPOCH = 5_000_000  # of the executor that a stranger at the control socket announces after all else
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +75,13 @@ def is_unharmed(bench: Bench) -> None:
 @settings(max_examples=60, **QUIET)
 @given(messages=st.lists(frames, min_size=3, max_size=8))
 def test_a_stranger_at_the_frontend_socket(bench: Bench, messages: list[list[bytes]]) -> None:
-    socket = connect_dealer(bench.context, bench.frontend, new_identity())
+    stranger = Peer(bench, bench.frontend, decode_scheduler)
     for parts in filter(None, messages):
-        socket.send_multipart(parts)
-    for _ in range(3):
-        bench.turn()
+        stranger.socket.send_multipart(parts)
+    stranger.send(encode(Hello(PROTOCOL_VERSION, "frontend", "no stranger any more", 1)))
+    stranger.receive(Welcome)  # whatever it sent before has been read
     is_unharmed(bench)
-    socket.close()
+    stranger.socket.close()
 
 
 @settings(max_examples=120, **QUIET)
@@ -72,13 +97,20 @@ def test_a_frontend_whose_messages_decode(bench: Bench, messages: list[bytes]) -
 
 
 @settings(max_examples=60, **QUIET)
-@given(messages=st.lists(payloads, min_size=1, max_size=8))
+@given(messages=st.lists(payloads | mutated(CONTROL_MESSAGES), min_size=1, max_size=8))
 def test_the_control_socket(bench: Bench, messages: list[bytes]) -> None:
+    """One there may say that it is the launcher, or an executor; what is no executor is not believed."""
     socket = connect_dealer(bench.context, bench.control, new_identity())
-    for payload in messages:
+    for payload in [*messages, encode(ExecutorHello(PROTOCOL_VERSION, LAST_EPOCH, 2, 17))]:
         socket.send(payload)
-    for _ in range(3):
+    for _ in range(LIMIT_MS):
         bench.turn()
+        if bench.loop.state.epoch == LAST_EPOCH:
+            break
+        socket.poll(1)
+    bench.launcher.socket.close()
+    bench.greet()
+    bench.replace_executor(epoch=1)
     is_unharmed(bench)
     socket.close()
 
@@ -123,7 +155,98 @@ def test_a_client_survives_its_scheduler(payload: bytes) -> None:
     asyncio.run(talk())
 
 
+# --- the launcher, whose scheduler sends garbage
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[tuple[Supervisor, zmq.Socket[bytes], bytes]]:
+    """A supervisor without children, and the socket of its scheduler with the identity it has there."""
+    config = tiny_config()
+    plumbing = Plumbing(config, None)
+    router = bind_router(zmq.Context.instance(), plumbing.endpoints.control)
+    options: dict[str, Any] = {"shutdown_timeout_s": 1, "max_restarts": 1, "on_ready": lambda ready: None}
+    supervisor = Supervisor(config, plumbing, engine_roles(0, fake_executor=True), **options)
+    supervisor._greet_scheduler()
+    identity, _ = router.recv_multipart()
+    yield supervisor, router, identity
+    supervisor._control.close()
+    router.close()
+    plumbing.close()
+
+
+@settings(max_examples=60, **QUIET)
+@given(messages=st.lists(payloads | mutated(LAUNCHER_MESSAGES), min_size=1, max_size=8), kv_blocks=st.integers(1, 99))
+def test_a_launcher_survives_its_scheduler(
+    launcher: tuple[Supervisor, zmq.Socket[bytes], bytes], messages: list[bytes], kv_blocks: int
+) -> None:
+    supervisor, router, identity = launcher
+    last = SchedulerReady(epoch=0, max_model_len=64, kv_tokens=4 * kv_blocks)
+    for message in [*messages, encode(last)]:
+        router.send_multipart([identity, message])
+    for _ in range(LIMIT_MS):
+        supervisor._on_control()
+        if supervisor._ready == last:
+            break
+        supervisor._control.poll(1)
+    assert supervisor._num_blocks == kv_blocks + 1
+
+
 # --- rings
+
+
+class Scribble:
+    """Bytes that an executor may have left in a result's slot, and whether the slot's stamp is right."""
+
+    def __init__(self, places: dict[int, bytes], torn: bool) -> None:
+        self.places, self.torn = places, torn
+
+    def __call__(self, ring: RingWriter, seq: int, result: Bytes) -> None:
+        for at, values in self.places.items():
+            values = values[: len(result) - at]
+            result[at : at + len(values)] = np.frombuffer(values, np.uint8)
+        if self.torn:
+            ring.begin(seq)
+
+
+words = st.sampled_from(EDGES).map(lambda value: (value % 2**64).to_bytes(8, "little"))
+headers = st.dictionaries(st.sampled_from(range(0, 8 * len(ResultWord), 8)), words, max_size=3)
+scribbles = st.builds(
+    lambda header, columns, torn: Scribble(header | columns, torn),
+    headers,
+    st.dictionaries(st.integers(0, RESULT_HEADER_BYTES + 64), st.binary(min_size=1, max_size=20), max_size=2),
+    st.sampled_from([False, False, False, True]),
+)
+
+
+@settings(max_examples=150, **QUIET)
+@given(scribble=scribbles, num_requests=st.integers(1, 3))
+def test_the_result_ring(bench: Bench, scribble: Scribble, num_requests: int) -> None:
+    """What is not believed costs the executor its place, never the scheduler; every stream is complete."""
+    peer = bench.frontend_peer()
+    bench.launcher.inbox.clear()
+    bench.damage = scribble
+    peer.send(*(admit(i, max_tokens=4) for i in range(num_requests)))
+    found: list[tuple[int, int, int]] = []
+    for _ in range(LIMIT_MS):
+        bench.turn()
+        while peer.socket.poll(0):
+            message = decode_scheduler(peer.socket.recv())
+            found += rows([message]) if isinstance(message, Tokens) else []
+        # One that claims an earlier epoch is dropped in silence; then the watchdog sees a step that never ends.
+        is_stuck = bench.loop.state.inflight and bench.results.acked == bench.results.head
+        if bench.loop.accusation is not None or is_stuck:
+            bench.replace_executor(bench.loop.state.epoch + 1)
+        if sum(finish != FinishReason.RUNNING for _, _, finish in found) == num_requests:
+            break
+    for i in range(num_requests):
+        tokens, finishes = zip(*((token, finish) for owner, token, finish in found if owner == i), strict=True)
+        if finishes[-1] == LENGTH:
+            assert len(tokens) == 4
+            assert all(0 <= token < bench.config.card.vocab_size for token in tokens)
+        else:  # a scribble may say what is possible: end of sequence, or NaN
+            assert finishes[-1] in (FinishReason.STOP, FinishReason.INVALID_LOGITS)
+    peer.socket.close()
+    is_unharmed(bench)
 
 
 @settings(max_examples=200, **QUIET)
