@@ -23,7 +23,7 @@ def main() -> int:
     # OpenMP threads that spin while idle starve the other processes of a small machine; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        enter_process(channels.role, channels.parent_pipe, ipc, executor)
+        enter_process(config.title(channels.role), channels.parent_pipe, ipc, executor)
         # Only now: importing torch takes seconds, and the parent may die in them.
         from executor.process import run
 

@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--start-fd", type=int, required=True, help="memory file with the configuration and channels")
     config, channels = read_start(parser.parse_args().start_fd, EngineConfig, ExecutorChannels)
     try:
-        enter_process(channels.role, channels.parent_pipe, ipc, executor)
+        enter_process(config.title(channels.role), channels.parent_pipe, ipc, executor)
         return run(config, channels)
     except ConfigError as error:
         return fail(channels.role, error)

@@ -21,6 +21,7 @@ import yaml
 from frontend.digests import digest
 from frontend.flag_sources import config_file, from_environ, from_file
 from frontend.tools import PARSERS
+from ipc.auth import has_client_keys
 from ipc.config import MAX_DEPTH, EngineConfig, HttpConfig
 from ipc.errors import ConfigError
 from ipc.logs import LogConfig
@@ -42,6 +43,7 @@ ALIASES: Final = {
     "--tokenizer-worker-num": "--frontends",
     "--max-queued-requests": "--max-num-queued-reqs",
     "--tp-size": "--tensor-parallel-size",
+    "--dp-size": "--data-parallel-size",
 }
 _SWITCH: Final = argparse.BooleanOptionalAction  # every switch has a --no- form, for files and variables
 _UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -80,6 +82,8 @@ class Options:
     enable_prefix_caching: bool
     device: str
     tensor_parallel_size: int
+    data_parallel_size: int
+    join: str | None
     block_size: int
     num_gpu_blocks_override: int | None
     kv_cache_memory_bytes: int | None
@@ -212,6 +216,16 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     group.add_argument(
         "--tensor-parallel-size", type=_integer(1, 32), default=1, metavar="N", help="GPUs that share the model"
+    )
+    group.add_argument(
+        "--data-parallel-size",
+        type=_integer(0, 1024),
+        default=1,
+        metavar="M",
+        help="replicas of the model that share the requests; 0: only those that join",
+    )
+    group.add_argument(
+        "--join", metavar="ENDPOINT", help="of a running engine that the replicas of this one shall be a part of"
     )
     group.add_argument("--block-size", type=_integer(1, 256), default=16, metavar="TOKENS", help="tokens of a KV block")
     group.add_argument("--num-gpu-blocks-override", type=_integer(2), metavar="N", help="KV blocks; default: profile")
@@ -373,6 +387,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
         flag = "--async-scheduling" if is_async else "--no-async-scheduling"
         raise ConfigError(f"--pipeline-depth: {depth} contradicts {flag}")
     _check_endpoint(values["frontend_endpoint"], values["auth_keys"])
+    _check_join(values["join"], values["frontend_endpoint"], values["auth_keys"])
     values["api_key"] = tuple(values["api_key"])
     values["pipeline_depth"] = (1 if is_async is False else 0) if depth is None else depth
     return Options(**values)
@@ -419,6 +434,20 @@ def _check_endpoint(endpoint: str | None, keys: str | None) -> None:
             f"--frontend-endpoint: {endpoint} needs --auth-keys: tcp is served encrypted only, to clients with "
             "listed keys; scripts/make_keys.py makes them"
         )
+
+
+def _check_join(directory: str | None, endpoint: str | None, keys: str | None) -> None:
+    """Other hosts find a replica by the address that it announces."""
+    if directory is None or directory.startswith("ipc://"):
+        return
+    if not directory.startswith("tcp://"):
+        raise ConfigError(f"--join: expected ipc://PATH or tcp://HOST:PORT, got {directory!r}")
+    if endpoint is None or endpoint.startswith(("tcp://0.0.0.0:", "tcp://[::]:")):
+        raise ConfigError(
+            f"--join: {directory} needs --frontend-endpoint with the address that others reach this host by"
+        )
+    if keys is None or not has_client_keys(keys):
+        raise ConfigError(f"--join: {directory} needs --auth-keys with the engine's keys and those of a client")
 
 
 def _read_template(path: str) -> str:

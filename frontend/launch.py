@@ -6,6 +6,7 @@ then hands over to the supervisor. Never imports torch, never touches a request.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -13,19 +14,23 @@ import socket
 import stat
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import zmq
+
 from frontend import flags, model_files
-from frontend.children import Plumbing
 from frontend.digests import collect_digests
+from frontend.directory import Announcement, Directory
+from frontend.plumbing import Plumbing
+from frontend.replica import Replica, config_of, environment_of
 from frontend.supervisor import Supervisor, engine_roles
 from frontend.tracing import step_trace
-from ipc.auth import load_server_keys
+from ipc.auth import has_client_keys, load_client_keys, load_server_keys
 from ipc.clock import now_s
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError
 from ipc.lifetime import fail
-from ipc.schema import SchedulerReady
 
 
 def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
@@ -106,11 +111,8 @@ def prepare(options: flags.Options) -> EngineConfig:
     if options.auth_keys is not None:
         load_server_keys(Path(options.auth_keys))  # so that a fault is known before the model loads
     device = choose_device(options.device)
-    ranks = options.tensor_parallel_size
-    if device == "cuda" and ranks > (gpus := cuda_devices()) and not options.fake_executor:
-        raise ConfigError(
-            f"{ranks} ranks need a GPU each, the NVIDIA driver shows {gpus}", param="--tensor-parallel-size"
-        )
+    if device == "cuda" and not options.fake_executor:
+        _check_gpus(options.data_parallel_size, options.tensor_parallel_size)
     weights = not (options.random_weights or options.fake_executor)
     folder = model_files.find_model(options.model, weights=weights, trust_remote_code=options.trust_remote_code)
     card = model_files.read_card(
@@ -124,6 +126,14 @@ def prepare(options: flags.Options) -> EngineConfig:
         model_files.check_weights(folder)
     api_keys = collect_digests(options.api_key, options.api_key_file, os.environ)
     return flags.engine_config(options, card, device, api_keys)
+
+
+def _check_gpus(replicas: int, ranks: int) -> None:
+    """Every rank of every replica has a GPU of its own."""
+    if replicas * ranks > (gpus := cuda_devices()):
+        flag = "--tensor-parallel-size" if ranks > gpus else "--data-parallel-size"
+        needed = f"{replicas} replicas of {ranks} ranks" if replicas > 1 else f"{ranks} ranks"
+        raise ConfigError(f"{needed} need {replicas * ranks} GPUs, the NVIDIA driver shows {gpus}", param=flag)
 
 
 def _sampling_defaults(source: str, folder: Path) -> dict[str, float]:
@@ -157,36 +167,56 @@ def serve(options: flags.Options) -> int:
 def _supervise(
     options: flags.Options, config: EngineConfig, listener: socket.socket | None, trace: int, started_s: float
 ) -> int:
-    plumbing = _make_plumbing(config, listener, trace)
-
-    def announce(ready: SchedulerReady) -> None:
-        took_s = now_s() - started_s
-        # Only now, so that a start that fails says one line: what is at fault.
-        told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
-        print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
-        places = [] if listener is None else [url_of(listener)]
-        places += [place for place in (ready.tcp_endpoint, plumbing.endpoints.frontend) if place]
-        where = " and ".join(places)
-        print(f"Serving {config.card.name} on {where} (ready in {took_s:.1f} s)", flush=True)
-
-    try:
+    count = options.data_parallel_size
+    with contextlib.ExitStack() as stack:
+        plumbing = _make_plumbing(config, listener, trace, count)
+        stack.callback(plumbing.close)
+        context = stack.enter_context(zmq.Context(io_threads=1))
+        directory = Directory(
+            context, plumbing.endpoints.frontend, remote=config.frontend_endpoint, auth_keys=config.auth_keys
+        )
+        stack.callback(directory.close)
+        gpus = cuda_devices() if config.device == "cuda" else 0
+        replicas = [
+            Replica(n, config_of(n, count, config), plumbing.lines[n], context, environment_of(n, count, config, gpus))
+            for n in range(count)
+        ]
+        announcement = None
+        if options.join is not None:
+            keys = load_client_keys(Path(config.auth_keys)) if has_client_keys(config.auth_keys) else None
+            announcement = Announcement(context, options.join, keys)
+            stack.callback(announcement.close)
         return Supervisor(
             config,
             plumbing,
+            replicas,
+            directory,
             engine_roles(options.frontends, ranks=config.ranks, fake_executor=options.fake_executor),
             shutdown_timeout_s=options.shutdown_timeout,
             max_restarts=options.max_restarts,
-            on_ready=announce,
+            on_ready=partial(_announce, options, config.card.name, _places(listener, directory, plumbing), started_s),
+            announcement=announcement,
         ).run()
-    finally:
-        plumbing.close()
 
 
-def _make_plumbing(config: EngineConfig, listener: socket.socket | None, trace: int) -> Plumbing:
+def _announce(options: flags.Options, name: str, places: Sequence[str], started_s: float) -> None:
+    took_s = now_s() - started_s
+    # Only now, so that a start that fails says one line: what is at fault.
+    told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
+    print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
+    print(f"Serving {name} on {' and '.join(places)} (ready in {took_s:.1f} s)", flush=True)
+
+
+def _places(listener: socket.socket | None, directory: Directory, plumbing: Plumbing) -> list[str]:
+    places = [] if listener is None else [url_of(listener)]
+    return [*places, *filter(None, (directory.remote, plumbing.endpoints.frontend))]
+
+
+def _make_plumbing(config: EngineConfig, listener: socket.socket | None, trace: int, replicas: int) -> Plumbing:
     try:
-        return Plumbing(config, listener, trace)
+        return Plumbing(config, listener, trace, replicas=replicas)
     except OSError as error:
-        need_mib = 4 * (config.limits.plan_bytes + config.result_layout.nbytes) / (1 << 20)
+        need_mib = max(1, replicas) * 4 * (config.limits.plan_bytes + config.result_layout.nbytes) / (1 << 20)
         raise ConfigError(
             f"/dev/shm cannot hold the rings of {need_mib:.0f} MiB: {os.strerror(error.errno or 0)}; "
             "give it more, or lower this or --max-model-len",

@@ -1,4 +1,4 @@
-"""A serving frontend: one client of the scheduler and one HTTP server, on one uvloop.
+"""A serving frontend: one client of the engine and one HTTP server, on one uvloop.
 
 Started by the launcher (`python -m frontend --start-fd N`) on a socket that all frontends share, or by hand
 (`engine-frontend --connect ENDPOINT`) on its own. Never imports torch. Answers 503 until the scheduler does.
@@ -32,6 +32,7 @@ from frontend.digests import collect_digests
 from frontend.http_protocol import LimitedHttp
 from frontend.server import Service, make_app
 from frontend.tokenizer import Tokenizer
+from ipc.auth import has_client_keys
 from ipc.clock import now_ns
 from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
 from ipc.doorbell import Doorbell
@@ -174,7 +175,9 @@ def run(config: EngineConfig, channels: FrontendChannels) -> int:
     """The process that the launcher starts; returns its exit code."""
     enter_process("frontend", channels.parent_pipe, ipc, frontend)
     fault, trace = read_fault("frontend", channels.life), open_trace(channels.trace)
-    client = _client(channels.scheduler, config.http, on_frame=fault.strike if fault.kind else None)
+    on_frame = fault.strike if fault.kind else None
+    keys = config.auth_keys if has_client_keys(config.auth_keys) else None
+    client = _client(channels.directory, config.http, on_frame=on_frame, auth_keys=keys)
     if trace is not None:
         client.watch_fan_out(partial(_record_fan_out, trace, Track.FRONTEND + channels.index))
     return _run(

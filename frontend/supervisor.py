@@ -1,7 +1,7 @@
 """Starts the processes of one engine, restarts those that end, and stops all of them in order.
 
-Run by `engine-launch`. One thread, one poll over pidfds, signals, stderr pipes and the control socket, so it sleeps
-while nothing happens. Never on the path of a request, a plan or a token.
+Run by `engine-launch`. One thread, one poll over pidfds, signals, stderr pipes, the control socket of each replica and
+the directory, so it sleeps while nothing happens. Never on the path of a request, a plan or a token.
 """
 
 from __future__ import annotations
@@ -10,38 +10,32 @@ import heapq
 import itertools
 import os
 import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Final
 
-import msgspec
 import zmq
 
-from frontend.children import TRACEBACK, Child, Plumbing
+from frontend.children import TRACEBACK, Child
+from frontend.directory import Announcement, Directory
+from frontend.plumbing import Plumbing
+from frontend.replica import Replica, say
 from ipc.clock import now_s
 from ipc.config import EngineConfig
-from ipc.errors import ProtocolError
 from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,
-    PROTOCOL_VERSION,
     Drain,
     Drained,
     ExecutorFaulty,
-    ExecutorHello,
-    ExecutorLost,
     ExecutorStuck,
     FrontendStuck,
-    Hello,
     Message,
     SchedulerReady,
-    decode_launcher,
-    encode,
 )
-from ipc.sockets import connect_dealer, new_identity
 
 RESTART_WINDOW_S: Final = 600.0
 _ABORT_GRACE_S: Final = 2.0  # for the last frames of requests that a shutdown ends early
@@ -68,7 +62,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One kind of process: the module that is its entry, and how many of it there are."""
+    """One kind of process: the module that is its entry, and how many of it there are, in each replica if it is its."""
 
     module: str
     count: int
@@ -90,38 +84,38 @@ class Supervisor:
         self,
         config: EngineConfig,
         plumbing: Plumbing,
+        replicas: Sequence[Replica],
+        directory: Directory,
         roles: Mapping[str, Role],
         *,
         shutdown_timeout_s: float,
         max_restarts: int,
-        on_ready: Callable[[SchedulerReady], None],
+        on_ready: Callable[[], None],
+        announcement: Announcement | None = None,
     ) -> None:
+        """`announcement`: to the directory of an engine that this one is a part of."""
         self._config = config
         self._plumbing = plumbing
+        self._replicas = {replica.number: replica for replica in replicas}
+        self._directory = directory
+        self._announcement = announcement
         self._roles = dict(roles)
         self._shutdown_timeout_s = shutdown_timeout_s
         self._max_restarts = max_restarts
         self._on_ready = on_ready
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self._control = connect_dealer(self._context, plumbing.endpoints.control, new_identity())
         self._poller = zmq.Poller()
         self._handlers: dict[object, Callable[[], None]] = {}
         self._children: dict[int, Child] = {}  # by pidfd
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_ids = itertools.count()
-        self._failures: dict[str, deque[Failure]] = {role: deque() for role in roles}  # of the last RESTART_WINDOW_S
+        self._failures: defaultdict[tuple[int, str], deque[Failure]] = defaultdict(deque)  # of RESTART_WINDOW_S
         self._phase = Phase.STARTING
-        self._ready: SchedulerReady | None = None  # the last one
         self._frontends_ready = 0
-        self._epoch = 0  # of scheduler and executor together: a new one begins when either ends
-        self._lives = dict.fromkeys(roles, 0)  # restarts so far
-        self._num_blocks = 0  # of the executor that is attached; 0 while none is
-        self._regrouping = False  # a rank has ended, and with it the life of all of them
-        self._lost_s: dict[str, float] = {}  # when scheduler or executor ended, until the engine serves again
-        self._silent_beats = 0  # of the scheduler
+        self._frontend_lives = 0  # restarts so far
         self._aborting = False  # the drain has become an abort
         self._exit_code = 0
         self._last_words = ""  # printed after everything else
+        self._ending: list[Child] = []  # they write their stacks, then they are killed
         self._stop_order: list[str] = []  # roles that are still to be told to stop
         self._signals, self._signals_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -132,12 +126,14 @@ class Supervisor:
         old_wakeup = signal.set_wakeup_fd(self._signals_writer)
         old = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
-            self._greet_scheduler()
             self._after(HEARTBEAT_S, self._beat)
-            for name, role in self._roles.items():
-                for index in range(role.count):
-                    self._spawn(name, index)
-            while self._children:
+            for socket in self._directory.sockets:
+                self._watch(socket, self._directory.serve)
+            for replica in self._replicas.values():
+                self._greet(replica)
+                self._directory.put(replica.member)
+            self._start_all()
+            while self._children or self._phase is not Phase.STOPPING:
                 self._turn()
         finally:
             for child in self._children.values():
@@ -146,13 +142,17 @@ class Supervisor:
             signal.set_wakeup_fd(old_wakeup)
             for number, handler in old.items():
                 signal.signal(number, handler)
-            self._control.close()
-            self._context.term()
             os.close(self._signals)
             os.close(self._signals_writer)
         if self._last_words:
-            _log(self._last_words)
+            say(self._last_words)
         return self._exit_code
+
+    def _start_all(self) -> None:
+        for name, role in self._roles.items():
+            for replica in [None] if name == "frontend" else self._replicas.values():
+                for index in range(role.count):
+                    self._spawn(name, index, replica)
 
     def _turn(self) -> None:
         timeout_ms = None
@@ -177,20 +177,20 @@ class Supervisor:
         heapq.heappush(self._timers, (now_s() + delay_s, next(self._timer_ids), action))
 
     def _send(self, message: Message) -> None:
-        try:
-            self._control.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            _log("the scheduler does not read its control socket")
+        for replica in self._living():
+            replica.send(message)
 
-    def _spawn(self, name: str, index: int) -> None:
-        channels: msgspec.Struct
-        if name == "executor":
-            channels, fds = self._plumbing.executor(self._epoch, index)
-        elif name == "scheduler":
-            channels, fds = self._plumbing.scheduler(self._lives[name])
+    def _living(self) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if not replica.given_up]
+
+    def _spawn(self, name: str, index: int, replica: Replica | None) -> None:
+        module = self._roles[name].module
+        if replica is None:
+            child = Child(name, index, module, self._config, *self._plumbing.frontend(self._frontend_lives))
         else:
-            channels, fds = self._plumbing.frontend(self._lives[name])
-        child = Child(name, index, self._roles[name].module, self._config, channels, fds)
+            channels = replica.channels(name, index)
+            own = replica.environment if name == "executor" else {}
+            child = Child(name, index, module, replica.config, *channels, replica=replica.number, environment=own)
         self._children[child.pidfd] = child
         self._watch(child.pidfd, lambda: self._on_exit(child))
         self._watch(child.stderr, lambda: self._on_stderr(child))
@@ -204,118 +204,114 @@ class Supervisor:
         self._unwatch(child.pidfd)
         self._unwatch(child.stderr)
         code = child.reap()
+        replica = self._replicas.get(child.replica)
         if self._phase is Phase.STOPPING:
             self._continue_stop()
-        elif child.role == "executor" and self._regrouping:
-            self._regroup()
-        elif self._phase is Phase.STARTING or code == _CONFIG_FAULT or not self._may_restart(child.role):
+        elif replica is not None and replica.given_up:
+            return
+        elif replica is not None and replica.regrouping and child.role == "executor":
+            self._regroup(replica)
+        elif self._phase is Phase.STARTING or code == _CONFIG_FAULT or not self._may_restart(child):
             self._fail(child, code)
         else:
-            self._restart(child, code)
+            self._restart(child, replica, code)
 
-    def _may_restart(self, name: str) -> bool:
-        failures = self._failures[name]
+    def _may_restart(self, child: Child) -> bool:
+        failures = self._failures[child.replica, child.role]
         while failures and failures[0].at_s < now_s() - RESTART_WINDOW_S:
             failures.popleft()
         return len(failures) < self._max_restarts
 
-    def _restart(self, child: Child, code: int) -> None:
-        failures = self._failures[child.role]
+    def _restart(self, child: Child, replica: Replica | None, code: int) -> None:
+        failures = self._failures[child.replica, child.role]
         failures.append(Failure(now_s(), child.failure()))
-        _log(f"{child.role} (pid {child.pid}) {_how(code)}; restart {len(failures)} of {self._max_restarts}")
-        self._lives[child.role] += 1
-        if child.role != "frontend":
-            self._begin_epoch(child.role)
-        if child.role == "executor":
-            self._regrouping = True
-            self._kill(self._of_role("executor"))
-            self._regroup()
+        told = f"{child.role} (pid {child.pid}) {_how(code)}; restart {len(failures)} of {self._max_restarts}"
+        (say if replica is None else replica.say)(told)
+        if replica is None:
+            self._frontend_lives += 1
+            self._spawn(child.role, child.index, None)
+        elif child.role == "executor":
+            replica.lost_executor()
+            replica.regrouping = True
+            self._kill(self._of_role("executor", replica))
+            self._regroup(replica)
         else:
-            self._spawn(child.role, child.index)
+            self._replace_scheduler(replica)
 
-    def _regroup(self) -> None:
+    def _regroup(self, replica: Replica) -> None:
         """Start all ranks of an executor anew once the last one has ended: none can go on without the others."""
-        if not self._of_role("executor"):
-            self._regrouping = False
+        if not self._of_role("executor", replica):
+            replica.regrouping = False
             for rank in range(self._roles["executor"].count):
-                self._spawn("executor", rank)
+                self._spawn("executor", rank, replica)
 
-    def _begin_epoch(self, lost: str) -> None:
-        """Scheduler or executor ended; plans and results of this epoch mean nothing to the next one."""
-        self._lost_s.setdefault(lost, now_s())
-        ended, self._epoch = self._epoch, self._epoch + 1
-        if lost == "executor":
-            self._num_blocks = 0
-            self._send(ExecutorLost(epoch=ended))
-            return
-        self._unwatch(self._control)
-        self._control.close(linger=0)
-        self._control = connect_dealer(self._context, self._plumbing.endpoints.control, new_identity())
-        self._greet_scheduler()
-        executors = self._of_role("executor")
-        if self._num_blocks:
-            # Its memory is intact, and it runs what is planned in order: the next scheduler can go on with it.
-            for rank in executors:
-                self._send(ExecutorHello(PROTOCOL_VERSION, self._epoch, rank.pid, self._num_blocks, rank.index))
-        else:
-            self._kill(executors)  # it may have said hello to the one that ended, and says it only once
-        if self._phase is Phase.DRAINING:
-            self._send(Drain(abort=self._aborting))
+    def _replace_scheduler(self, replica: Replica) -> None:
+        self._unwatch(replica.control)
+        ranks = self._of_role("executor", replica)
+        drain = Drain(abort=self._aborting) if self._phase is Phase.DRAINING else None
+        if not replica.lost_scheduler(ranks, drain):
+            self._kill(ranks)  # they may have said hello to the one that ended, and say it only once
+        self._watch(replica.control, partial(self._on_control, replica))
+        self._spawn("scheduler", 0, replica)
 
-    def _greet_scheduler(self) -> None:
-        self._silent_beats = 0
-        self._watch(self._control, self._on_control)
-        self._send(Hello(version=PROTOCOL_VERSION, role="launcher", name="launcher", pid=os.getpid()))
+    def _greet(self, replica: Replica) -> None:
+        replica.greet()
+        self._watch(replica.control, partial(self._on_control, replica))
 
-    def _of_role(self, name: str) -> list[Child]:
-        return [child for child in self._children.values() if child.role == name]
+    def _of_role(self, name: str, replica: Replica | None = None) -> list[Child]:
+        """The children of this role, of one replica or of all."""
+        return [
+            child
+            for child in self._children.values()
+            if child.role == name and (replica is None or child.replica == replica.number)
+        ]
 
     def _fail(self, child: Child, code: int) -> None:
-        """End the engine because of this child, and see that what went wrong first is printed last."""
-        failures = self._failures[child.role]
+        """End the engine, or one of its replicas, because of this child; what went wrong first is printed last."""
+        failures = self._failures[child.replica, child.role]
         if code == _CONFIG_FAULT:
             self._stop(_CONFIG_FAULT)  # its one line already says everything
             return
+        words = ""
         if failures:
-            first = failures[0].text
-            self._last_words = f"{child.role} failed {len(failures) + 1} times, the first time with:\n{first}"
+            words = f"{child.role} failed {len(failures) + 1} times, the first time with:\n{failures[0].text}"
         elif TRACEBACK not in child.failure():
-            self._last_words = f"{child.role} (pid {child.pid}) {_how(code)}"
-        self._stop(1)
+            words = f"{child.role} (pid {child.pid}) {_how(code)}"
+        replica = self._replicas.get(child.replica)
+        if replica is not None and self._phase is not Phase.STARTING and len(self._living()) > 1:
+            self._give_up(replica, words)
+        else:
+            self._last_words = words
+            self._stop(1)
 
-    def _on_control(self) -> None:
-        control = self._control
-        while not control.closed and control.poll(0):
-            try:
-                message = decode_launcher(control.recv())
-            except ProtocolError as error:
-                _log(f"not understood on the control socket: {error}")
-                continue
-            self._silent_beats = 0
+    def _give_up(self, replica: Replica, words: str) -> None:
+        """The others go on without this one, and take over what it had."""
+        replica.say(f"is given up. {words}")
+        replica.given_up = True
+        self._unwatch(replica.control)
+        self._directory.remove([replica.number])
+        self._kill([child for child in self._children.values() if child.replica == replica.number])
+        self._stop_if_drained()
+
+    def _on_control(self, replica: Replica) -> None:
+        for message in replica.messages():
             if isinstance(message, SchedulerReady):
-                self._on_scheduler_ready(message)
+                self._directory.put(replica.member)
+                self._announce_if_ready()
             elif isinstance(message, Drained):
-                if self._phase is Phase.DRAINING:
-                    self._stop(0)
-            elif isinstance(message, ExecutorStuck) and message.epoch == self._epoch:
-                self._end_stuck(self._of_role("executor"), f"no step finished for {message.age_s:.1f} s")
-            elif isinstance(message, ExecutorFaulty) and message.epoch == self._epoch:
-                self._end_faulty(self._of_role("executor"), message.reason)
+                replica.drained = True
+                self._stop_if_drained()
+            elif isinstance(message, ExecutorStuck):
+                self._end_stuck(self._of_role("executor", replica), f"no step finished for {message.age_s:.1f} s")
+            elif isinstance(message, ExecutorFaulty):
+                self._end_faulty(self._of_role("executor", replica), message.reason)
             elif isinstance(message, FrontendStuck):
                 stuck = [child for child in self._of_role("frontend") if child.pid == message.pid]
                 self._end_stuck(stuck, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
 
-    def _on_scheduler_ready(self, message: SchedulerReady) -> None:
-        if message.tcp_endpoint:  # a scheduler that is started again must be found where it was
-            self._config = msgspec.structs.replace(self._config, frontend_endpoint=message.tcp_endpoint)
-        if message.epoch != self._epoch:
-            return  # the executor it speaks of has ended since
-        self._num_blocks = message.kv_tokens // self._config.block_size + 1
-        for role, lost_s in self._lost_s.items():
-            _log(f"{role} restarted, epoch {message.epoch}: serving again after {now_s() - lost_s:.2f} s")
-        self._lost_s.clear()
-        self._ready = message
-        self._announce_if_ready()
+    def _stop_if_drained(self) -> None:
+        if self._phase is Phase.DRAINING and all(replica.drained for replica in self._living()):
+            self._stop(0)
 
     def _on_frontend_ready(self) -> None:
         self._frontends_ready += os.eventfd_read(self._plumbing.ready_bell.fd)
@@ -324,35 +320,47 @@ class Supervisor:
     def _announce_if_ready(self) -> None:
         """Serving starts when the engine and every frontend say so."""
         enough = self._frontends_ready >= self._roles["frontend"].count
-        if self._phase is Phase.STARTING and self._ready is not None and enough:
+        if self._phase is Phase.STARTING and enough and all(replica.ready for replica in self._replicas.values()):
             self._phase = Phase.SERVING
-            self._on_ready(self._ready)
+            self._on_ready()
+            self._announce()
+
+    def _announce(self) -> None:
+        if self._announcement is not None and self._phase is Phase.SERVING:
+            self._announcement.say(self._directory.members)
 
     def _beat(self) -> None:
-        """Counts beats without a word of the scheduler, not time: a launcher that was stopped blames no one."""
-        self._silent_beats += 1
-        silent_s = self._silent_beats * HEARTBEAT_S
-        if silent_s > self._config.watchdog_timeout_s and self._phase in (Phase.SERVING, Phase.DRAINING):
-            self._silent_beats = 0
-            self._end_stuck(self._of_role("scheduler"), f"silent for {silent_s:.1f} s")
+        """Counts beats without a word of a scheduler, not time: a launcher that was stopped blames no one."""
+        self._directory.beat()
+        self._announce()
+        for replica in self._living():
+            replica.silent_beats += 1
+            silent_s = replica.silent_beats * HEARTBEAT_S
+            if silent_s > self._config.watchdog_timeout_s and self._phase in (Phase.SERVING, Phase.DRAINING):
+                replica.silent_beats = 0
+                self._end_stuck(self._of_role("scheduler", replica), f"silent for {silent_s:.1f} s")
         self._after(HEARTBEAT_S, self._beat)
 
     def _end_faulty(self, faulty: list[Child], why: str) -> None:
         for child in faulty:
-            _log(f"ending {child.role} (pid {child.pid}): {why}")
+            say(f"ending {child.role} (pid {child.pid}): {why}")
             child.ended_for = why
         self._kill(faulty)
 
     def _end_stuck(self, stuck: list[Child], why: str) -> None:
+        stuck = [child for child in stuck if child not in self._ending]  # each replica tells of a frontend
+        self._ending.extend(stuck)
         for child in stuck:
             child.ended_for = why
-            _log(f"{why}; ending {child.role} (pid {child.pid}), its stacks:")
+            say(f"{why}; ending {child.role} (pid {child.pid}), its stacks:")
             child.signal(signal.SIGUSR1)
             child.signal(signal.SIGCONT)  # one that was stopped shows its stacks only if it goes on
         self._after(_DUMP_GRACE_S, lambda: self._kill(stuck))
 
     def _kill(self, children: list[Child]) -> None:
         for child in children:
+            if child in self._ending:
+                self._ending.remove(child)
             if child.pidfd in self._children and self._children[child.pidfd] is child:
                 child.signal(signal.SIGKILL)
 
@@ -360,9 +368,12 @@ class Supervisor:
         os.read(self._signals, 64)
         if self._phase is Phase.SERVING and self._shutdown_timeout_s > 0:
             self._phase = Phase.DRAINING
-            _log(f"draining: open requests have {self._shutdown_timeout_s:g} s; a second signal stops at once")
+            say(f"draining: open requests have {self._shutdown_timeout_s:g} s; a second signal stops at once")
+            if self._announcement is not None:
+                self._announcement.leave()
             self._send(Drain())
             self._after(self._shutdown_timeout_s, self._abort_open)
+            self._stop_if_drained()
         elif self._phase is Phase.STOPPING or self._phase is Phase.DRAINING:
             self._hurry()
         else:
@@ -409,7 +420,3 @@ def _ignore(number: int, frame: object) -> None:
 
 def _how(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _log(text: str) -> None:
-    print(f"engine-launch: {text}", file=sys.stderr, flush=True)

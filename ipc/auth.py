@@ -57,6 +57,11 @@ def load_client_keys(folder: Path) -> ClientKeys:
     return ClientKeys(_load_pair(folder / "client.key_secret"), _load_public(folder / "server.key"))
 
 
+def has_client_keys(folder: str) -> bool:
+    """Whether an engine's key folder is also that of a client, which reaches replicas of other hosts with it."""
+    return bool(folder) and Path(folder, "client.key_secret").exists()
+
+
 def load_server_keys(folder: Path) -> KeyPair:
     """The keys of an engine. Raises ConfigError as above, and if there is no folder of clients."""
     clients = folder / "clients"

@@ -44,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     enforce_eager: bool = False  # no CUDA graphs
     compile: bool = False  # compile the decoder layers
+    replica: int | None = None  # which one of several
     ranks: int = 1  # executor processes that share the model: tensor parallel
     block_size: int = 16
     num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
@@ -63,6 +64,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log: LogConfig = LogConfig()
     log_stats: bool = True  # a line every ten seconds of work
     debug_endpoints: bool = False  # answer GetInvariants
+
+    def title(self, role: str) -> str:
+        """What a process of this replica is called in ps and in logs."""
+        return role if self.replica is None else f"{role} of replica {self.replica}"
 
     @property
     def limits(self) -> FrameLimits:
@@ -122,7 +127,7 @@ class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
 class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
     """Inherited by a serving frontend that the launcher started."""
 
-    scheduler: str  # endpoint to connect to
+    directory: str  # endpoint to connect to: it says where the schedulers are
     listen_fd: int  # the bound HTTP socket, shared by all frontends
     ready_bell: int  # rung once when this frontend can serve
     index: int = 0  # which frontend of this engine

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +21,8 @@ from ipc.errors import ConfigError
 from ipc.schema import MAX_MESSAGE_BYTES
 
 _PREFIX: Final = "tandem-ipc-"
-_SOCKETS: Final = ("frontend.sock", "control.sock")
+_SOCKET: Final = re.compile(r"frontend\.sock|[rc]\d+\.sock")
+_LONGEST: Final = "frontend.sock"
 _ADDRESS_BYTES: Final = 107  # of a unix socket
 HIGH_WATER_MARK: Final = 1000  # messages a peer may fall behind before sends to it raise zmq.Again
 _RECONNECT_MS: Final = (20, 500)  # the first wait for a peer that is gone, doubled up to the second
@@ -80,7 +82,7 @@ class EndpointDirectory:
 
     def __init__(self) -> None:
         folder = Path(tempfile.gettempdir())
-        needed = len(os.fsencode(folder / f"{_PREFIX}12345678" / _SOCKETS[0]))
+        needed = len(os.fsencode(folder / f"{_PREFIX}12345678" / _LONGEST))
         if needed > _ADDRESS_BYTES:
             raise ConfigError(
                 f"sockets in {folder} have paths of {needed} bytes, a unix socket's address holds {_ADDRESS_BYTES}",
@@ -92,7 +94,11 @@ class EndpointDirectory:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         # It gets the name that others look for only once it is locked.
         self.path = made.rename(made.with_name(made.name[1:]))
-        self.frontend, self.control = (f"ipc://{self.path}/{name}" for name in _SOCKETS)
+        self.frontend = f"ipc://{self.path}/frontend.sock"  # the engine's: that of its directory
+
+    def replica(self, number: int) -> tuple[str, str]:
+        """The endpoints of a replica's scheduler: for frontends, and for launcher and executor."""
+        return f"ipc://{self.path}/r{number}.sock", f"ipc://{self.path}/c{number}.sock"
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -108,7 +114,7 @@ def _remove_abandoned(folder: Path) -> None:
             continue  # of another user, or just removed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_uid == os.getuid() and set(os.listdir(lock)) <= set(_SOCKETS):
+            if os.fstat(lock).st_uid == os.getuid() and all(map(_SOCKET.fullmatch, os.listdir(lock))):
                 for name in os.listdir(lock):
                     os.unlink(name, dir_fd=lock)
                 path.rmdir()

@@ -18,7 +18,7 @@ def run(config: EngineConfig, channels: SchedulerChannels) -> int:
     """Serve until SIGTERM; returns the exit code."""
     from scheduler.loop import Loop
 
-    configure_logs("scheduler", config.log)
+    configure_logs(config.title("scheduler"), config.log)
     loop = Loop(config, channels)
     gc.collect()
     gc.freeze()  # a collection that walks the start-up heap would cost a step
@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scheduler")
     parser.add_argument("--start-fd", type=int, required=True)
     config, channels = read_start(parser.parse_args().start_fd, EngineConfig, SchedulerChannels)
-    enter_process("scheduler", channels.parent_pipe, ipc, scheduler)
+    enter_process(config.title("scheduler"), channels.parent_pipe, ipc, scheduler)
     try:
         return run(config, channels)
     except ConfigError as error:

@@ -190,7 +190,7 @@ def test_rings_that_do_not_fit_into_shared_memory_name_the_flag(capsys, tmp_path
     def no_space(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("frontend.children.create_ring", no_space)
+    monkeypatch.setattr("frontend.plumbing.create_ring", no_space)
     assert launch.main([str(tiny_model(tmp_path)), "--port", "0", "--fake-executor", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "--max-num-batched-tokens: /dev/shm cannot hold the rings" in error

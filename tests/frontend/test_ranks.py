@@ -93,6 +93,6 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers(tmp_path: Path) -> N
     options = flags.parse([str(tmp_path), "--tensor-parallel-size", "3", "--device", "cuda"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "cuda_devices", lambda: 2)
-        with pytest.raises(ConfigError, match="3 ranks need a GPU each, the NVIDIA driver shows 2") as refused:
+        with pytest.raises(ConfigError, match="3 ranks need 3 GPUs, the NVIDIA driver shows 2") as refused:
             launch.prepare(options)
     assert refused.value.param == "--tensor-parallel-size"

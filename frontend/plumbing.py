@@ -1,0 +1,138 @@
+"""What outlives the processes of an engine: endpoints, rings, bells, the death pipe, the HTTP socket.
+
+Made by `engine-launch` before anything starts, used by its supervisor; closing it leaves nothing. Holds the sole write
+end of the death pipe: when the launcher is gone, children see it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Sequence
+
+from ipc.config import RING_SLOTS, EngineConfig, ExecutorChannels, FrontendChannels, SchedulerChannels
+from ipc.doorbell import Doorbell
+from ipc.ring import create_ring
+from ipc.sockets import EndpointDirectory
+from ipc.trace import MAX_FRONTENDS
+
+
+class Plumbing:
+    """Of the whole engine: what frontends inherit, and the lines of each replica."""
+
+    def __init__(
+        self, config: EngineConfig, listener: socket.socket | None, trace: int = -1, *, replicas: int = 1
+    ) -> None:
+        """`trace`: memory of the step trace, -1 for none; of the replicas it shows the first."""
+        self.listener = listener
+        self._trace = trace
+        self._frontends_started = itertools.count()
+        self.ready_bell = Doorbell.create()  # its count adds up: one for each frontend that can serve
+        self.parent_pipe, self._death_pipe = os.pipe2(os.O_CLOEXEC)
+        self.endpoints = EndpointDirectory()
+        self.lines: list[Lines] = []
+        try:
+            for number in range(replicas):
+                traced = -1 if number else trace
+                self.lines.append(Lines(config, self.endpoints.replica(number), self.parent_pipe, traced))
+        except OSError:
+            self.close()
+            raise
+
+    def frontend(self, life: int) -> tuple[FrontendChannels, list[int]]:
+        """A serving frontend's channels, and the fds among them; `life` counts those that were restarted."""
+        assert self.listener is not None, "an engine without an HTTP socket has no frontends"
+        channels = FrontendChannels(
+            directory=self.endpoints.frontend,
+            listen_fd=self.listener.fileno(),
+            ready_bell=self.ready_bell.fd,
+            index=next(self._frontends_started) % MAX_FRONTENDS,
+            parent_pipe=self.parent_pipe,
+            life=life,
+            trace=self._trace,
+        )
+        return channels, [channels.listen_fd, channels.ready_bell, channels.parent_pipe, *_present(self._trace)]
+
+    def close(self) -> None:
+        self.endpoints.close()
+        for lines in self.lines:
+            lines.close()
+        self.ready_bell.close()
+        for fd in (self.parent_pipe, self._death_pipe):
+            os.close(fd)
+
+
+class Lines:
+    """Of one replica: the rings and bells between its scheduler and its ranks, and the endpoints of the scheduler."""
+
+    def __init__(self, config: EngineConfig, endpoints: tuple[str, str], parent_pipe: int, trace: int) -> None:
+        """`endpoints`: of its frontend and control sockets. Raises OSError if /dev/shm cannot hold the rings."""
+        self.frontend, self.control = endpoints
+        self._parent_pipe = parent_pipe
+        self._trace = trace
+        self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes, config.ranks)
+        try:
+            self.result_ring = create_ring(RING_SLOTS, config.result_layout.nbytes)
+        except OSError:
+            os.close(self.plan_ring)
+            raise
+        self.plan_bells = [Doorbell.create() for _ in range(config.ranks)]
+        self.result_bell = Doorbell.create()
+        self._rendezvous = (-1, -1)  # (epoch, memory file) of the executor's youngest life
+
+    @property
+    def _fds(self) -> list[int]:
+        """What both ends of the rings inherit."""
+        bells = [bell.fd for bell in self.plan_bells]
+        rings = [self.plan_ring, self.result_ring]
+        return [*rings, *bells, self.result_bell.fd, self._parent_pipe, *_present(self._trace)]
+
+    def scheduler(self, life: int) -> tuple[SchedulerChannels, list[int]]:
+        """The channels of the scheduler's life number `life`, and the fds among them."""
+        channels = SchedulerChannels(
+            plan_ring=self.plan_ring,
+            plan_bells=tuple(bell.fd for bell in self.plan_bells),
+            result_ring=self.result_ring,
+            result_bell=self.result_bell.fd,
+            frontend=self.frontend,
+            control=self.control,
+            parent_pipe=self._parent_pipe,
+            life=life,
+            trace=self._trace,
+        )
+        return channels, self._fds
+
+    def executor(self, epoch: int, rank: int) -> tuple[ExecutorChannels, list[int]]:
+        """The channels of a rank of an executor whose first epoch is `epoch`, and the fds among them."""
+        channels = ExecutorChannels(
+            epoch=epoch,
+            rank=rank,
+            rendezvous=self._meet(epoch),
+            plan_ring=self.plan_ring,
+            plan_bell=self.plan_bells[rank].fd,
+            result_ring=self.result_ring,
+            result_bell=self.result_bell.fd,
+            control=self.control,
+            parent_pipe=self._parent_pipe,
+            trace=-1 if rank else self._trace,
+        )
+        return channels, [*self._fds, channels.rendezvous]
+
+    def _meet(self, epoch: int) -> int:
+        """The memory file where the ranks that start in `epoch` meet: an empty one, whatever an earlier life left."""
+        if self._rendezvous[0] != epoch:
+            if self._rendezvous[1] >= 0:
+                os.close(self._rendezvous[1])
+            self._rendezvous = epoch, os.memfd_create("tandem-ranks", os.MFD_CLOEXEC)
+        return self._rendezvous[1]
+
+    def close(self) -> None:
+        for bell in (*self.plan_bells, self.result_bell):
+            bell.close()
+        for fd in (self.plan_ring, self.result_ring, *_present(self._rendezvous[1])):
+            os.close(fd)
+
+
+def _present(fd: int) -> Sequence[int]:
+    return () if fd < 0 else (fd,)
