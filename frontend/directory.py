@@ -59,6 +59,7 @@ class Directory:
         self._gatekeeper = Gatekeeper(context, Path(auth_keys)) if remote else None
         self.remote = "" if self._gatekeeper is None else self._gatekeeper.bind(self._router, remote)
         self._members: dict[int, Member] = {}
+        self._own: set[str] = set()  # endpoints of those that this launcher vouches for
         self._peers: dict[bytes, _Peer] = {}
         self._next_number = 0
 
@@ -77,7 +78,11 @@ class Directory:
             socket.close(linger=0)
 
     def put(self, member: Member) -> None:
-        """This replica is there, at these endpoints."""
+        """This replica of the same launcher is there, at these endpoints."""
+        self._own.add(member.endpoint)
+        self._put(member)
+
+    def _put(self, member: Member) -> None:
         self._next_number = max(self._next_number, member.number + 1)
         if self._members.get(member.number) != member:
             self._members[member.number] = member
@@ -136,9 +141,11 @@ class Directory:
         known = {member.endpoint: member.number for member in self._members.values()}
         mine = []
         for member in members:
+            if member.endpoint in self._own:
+                continue
             number = known.get(member.endpoint, self._next_number)
             mine.append(number)
-            self.put(msgspec.structs.replace(member, number=number))
+            self._put(msgspec.structs.replace(member, number=number))
         gone = [number for number in peer.numbers if number not in mine]
         for other in self._peers.values():  # it may have come back with another connection
             other.numbers = [number for number in other.numbers if number not in mine]

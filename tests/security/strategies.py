@@ -23,6 +23,8 @@ from ipc.schema import (
     Goodbye,
     Heartbeat,
     Hello,
+    Join,
+    Member,
     Message,
     SamplingParams,
     SchedulerReady,
@@ -60,6 +62,11 @@ CONTROL_MESSAGES: Final[tuple[Message, ...]] = (
     Hello(PROTOCOL_VERSION, "launcher", "launcher", 1),
     ExecutorHello(PROTOCOL_VERSION, 1, 2, 17),
     ExecutorLost(1),
+)
+DIRECTORY_MESSAGES: Final[tuple[Message, ...]] = (
+    Hello(PROTOCOL_VERSION, "frontend", "client", 1),
+    Heartbeat(1),
+    Join(PROTOCOL_VERSION, 1, [Member(0, "ipc:///somewhere", "tcp://127.0.0.1:1"), Member(7, "ipc:///elsewhere")]),
 )
 LAUNCHER_MESSAGES: Final[tuple[Message, ...]] = (
     SchedulerReady(0, 64, 64, "tcp://127.0.0.1:1"),

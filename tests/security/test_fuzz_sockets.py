@@ -12,8 +12,10 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frontend.children import Plumbing
 from frontend.client import AsyncClient
+from frontend.directory import Directory
+from frontend.plumbing import Plumbing
+from frontend.replica import Replica
 from frontend.supervisor import Supervisor, engine_roles
 from ipc.errors import ProtocolError, TandemError
 from ipc.frames import RESULT_HEADER_BYTES, Bytes, ResultLayout, ResultWord, read_plan, read_result
@@ -23,19 +25,23 @@ from ipc.schema import (
     PROTOCOL_VERSION,
     ExecutorHello,
     FinishReason,
+    Goodbye,
     Hello,
+    Member,
+    Members,
     SchedulerReady,
     Tokens,
     Welcome,
     decode_scheduler,
     encode,
 )
-from ipc.sockets import bind_router, connect_dealer, new_identity
+from ipc.sockets import EndpointDirectory, bind_router, connect_dealer, new_identity
 from tests.frontend.scripted_scheduler import ScriptedScheduler, whole_answer
 from tests.scheduler.pipeline import tiny_config
 from tests.scheduler.test_loop import LIMIT_MS, Bench, Peer, admit, receive_rows, rows
 from tests.security.strategies import (
     CONTROL_MESSAGES,
+    DIRECTORY_MESSAGES,
     EDGES,
     LAUNCHER_MESSAGES,
     NESTED,
@@ -46,6 +52,7 @@ from tests.security.strategies import (
 )
 
 LENGTH = FinishReason.LENGTH
+MEMBER = Member(0, "ipc:///somewhere")
 LAST_EPOCH = 5_000_000  # of the executor that a stranger at the control socket announces after all else
 
 
@@ -159,17 +166,21 @@ def test_a_client_survives_its_scheduler(payload: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def launcher() -> Iterator[tuple[Supervisor, zmq.Socket[bytes], bytes]]:
-    """A supervisor without children, and the socket of its scheduler with the identity it has there."""
+def launcher() -> Iterator[tuple[Supervisor, Replica, zmq.Socket[bytes], bytes]]:
+    """A supervisor without children, its only replica, and the socket of that one's scheduler with its identity."""
     config = tiny_config()
     plumbing = Plumbing(config, None)
-    router = bind_router(zmq.Context.instance(), plumbing.endpoints.control)
-    options: dict[str, Any] = {"shutdown_timeout_s": 1, "max_restarts": 1, "on_ready": lambda ready: None}
-    supervisor = Supervisor(config, plumbing, engine_roles(0, fake_executor=True), **options)
-    supervisor._greet_scheduler()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    router = bind_router(context, plumbing.lines[0].control)
+    directory = Directory(context, plumbing.endpoints.frontend)
+    replica = Replica(0, config, plumbing.lines[0], context, {})
+    options: dict[str, Any] = {"shutdown_timeout_s": 1, "max_restarts": 1, "on_ready": lambda: None}
+    supervisor = Supervisor(config, plumbing, [replica], directory, engine_roles(0, fake_executor=True), **options)
+    supervisor._greet(replica)
     identity, _ = router.recv_multipart()
-    yield supervisor, router, identity
-    supervisor._control.close()
+    yield supervisor, replica, router, identity
+    replica.control.close()
+    directory.close()
     router.close()
     plumbing.close()
 
@@ -177,18 +188,58 @@ def launcher() -> Iterator[tuple[Supervisor, zmq.Socket[bytes], bytes]]:
 @settings(max_examples=60, **QUIET)
 @given(messages=st.lists(payloads | mutated(LAUNCHER_MESSAGES), min_size=1, max_size=8), kv_blocks=st.integers(1, 99))
 def test_a_launcher_survives_its_scheduler(
-    launcher: tuple[Supervisor, zmq.Socket[bytes], bytes], messages: list[bytes], kv_blocks: int
+    launcher: tuple[Supervisor, Replica, zmq.Socket[bytes], bytes], messages: list[bytes], kv_blocks: int
 ) -> None:
-    supervisor, router, identity = launcher
+    supervisor, replica, router, identity = launcher
     last = SchedulerReady(epoch=0, max_model_len=64, kv_tokens=4 * kv_blocks)
     for message in [*messages, encode(last)]:
         router.send_multipart([identity, message])
     for _ in range(LIMIT_MS):
-        supervisor._on_control()
-        if supervisor._ready == last:
+        supervisor._on_control(replica)
+        if replica.ready == last:
             break
-        supervisor._control.poll(1)
-    assert supervisor._num_blocks == kv_blocks + 1
+        replica.control.poll(1)
+    assert replica._num_blocks == kv_blocks + 1
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[tuple[Directory, str]]:
+    """One with a member of its own, and its endpoint."""
+    sockets = EndpointDirectory()
+    with zmq.Context() as context:
+        made = Directory(context, sockets.frontend)
+        made.put(MEMBER)
+        yield made, sockets.frontend
+        made.close()
+    sockets.close()
+
+
+@settings(max_examples=60, **QUIET)
+@given(messages=st.lists(frames | mutated(DIRECTORY_MESSAGES).map(lambda m: [m]), min_size=1, max_size=8))
+def test_strangers_at_the_directory(directory: tuple[Directory, str], messages: list[list[bytes]]) -> None:
+    """Whatever they say, a client learns of the members, and what they added leaves with them."""
+    made, endpoint = directory
+    with zmq.Context() as context:
+        stranger, client = (connect_dealer(context, endpoint, new_identity()) for _ in range(2))
+        for parts in filter(None, messages):
+            stranger.send_multipart(parts)
+        stranger.send(encode(Goodbye()))
+        client.send(encode(Hello(PROTOCOL_VERSION, "frontend", "client", 1)))
+        for _ in range(LIMIT_MS):
+            made.serve()
+            if client.poll(1):
+                break
+        answer = decode_scheduler(client.recv())
+        assert isinstance(answer, Members)
+        assert MEMBER in answer.members
+        for _ in range(LIMIT_MS):
+            made.serve()
+            if made.members == [MEMBER]:
+                break
+        assert made.members == [MEMBER]
+        client.send(encode(Goodbye()))
+        stranger.close()
+        client.close()
 
 
 # --- rings
