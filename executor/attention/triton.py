@@ -20,12 +20,12 @@ from executor.inputs import StepInputs
 
 _LOG2E: Final = math.log2(math.e)
 _NO_WINDOW: Final = 1 << 30
-_PROGRAMS_PER_SM: Final = 2  # decode programs that run at once on one multiprocessor
+_PROGRAMS_PER_SM: Final = 4  # decode programs that run at once on one multiprocessor
 _FEW_ROWS: Final = 32  # rows that one warp cuts
 _SPLIT_BLOCK: Final = 64
 _MIN_CHUNK: Final = 128
 _JOIN_LANES: Final = 2048  # numbers that one warp joins at once
-_CHUNK_OVERHEAD: Final = 96  # cost of starting a work item, in KV tokens
+_CHUNK_OVERHEAD: Final = 300  # cost of starting a work item, in KV tokens
 
 
 @dataclass(frozen=True, slots=True)
