@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -84,6 +85,34 @@ def test_bodies_of_any_bytes(service: Service) -> None:
     )
     def send(path: str, body: bytes) -> None:
         expect_an_answer(service, path, body)
+
+    send()
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_every_route_with_any_method_query_and_body(service: Service) -> None:
+    paths = sorted(service.http.get("/openapi.json", headers=HEADERS).json()["paths"])
+    assert {*PATHS, "/health", "/metrics", "/v1/models"} <= set(paths)
+    segments = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
+        ["..", "%00", "a" * 3000]
+    )
+
+    @settings(max_examples=200, **QUIET)
+    @given(
+        path=st.sampled_from(paths),
+        method=st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "X"]),
+        segment=segments,
+        query=st.dictionaries(segments, segments, max_size=3),
+        body=st.sampled_from([b"", b"{}", b"[]", b"null", b"\xff", EVIL_PICKLE]) | st.binary(max_size=50),
+        kind=st.sampled_from(
+            ["application/json", "text/plain", "multipart/form-data", "application/x-msgpack", "\xff"]
+        ),
+    )
+    def send(path: str, method: str, segment: str, query: dict[str, str], body: bytes, kind: str) -> None:
+        where = "/".join(quote(segment, safe="%") if part.startswith("{") else part for part in path.split("/"))
+        headers = [(b"content-type", kind.encode("latin-1")), (b"authorization", HEADERS["authorization"].encode())]
+        response = service.http.request(method, where, params=query, content=body, headers=headers)
+        assert response.status_code < 500, f"{method} {where}: {response.text}"
 
     send()
 
