@@ -49,7 +49,7 @@ class ExecutorProcess:
         self.seq = 0
         self.start(env)
 
-    def start(self, env: dict[str, str] | None = None, epoch: int = 1) -> None:
+    def start(self, env: dict[str, str] | None = None, epoch: int = 1, module: str | None = None) -> None:
         """Start a life of the executor on the same rings."""
         self.epoch = epoch
         alive, self.parent_end = os.pipe()
@@ -65,7 +65,7 @@ class ExecutorProcess:
         )
         start = write_start(self.config, channels)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", self._module, "--start-fd", str(start)],
+            [sys.executable, "-P", "-m", module or self._module, "--start-fd", str(start)],
             pass_fds=(*fds, start),
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             stderr=subprocess.PIPE,

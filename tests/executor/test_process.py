@@ -214,6 +214,44 @@ def test_nan_fails_one_row_and_leaves_the_others_and_the_slot_unharmed(
     assert again.output == expected[0]
 
 
+@pytest.mark.parametrize(
+    ("device", "fault", "said"),
+    [
+        ("cpu", "oom", "can't allocate memory"),
+        pytest.param("cuda", "oom", "out of memory", marks=pytest.mark.gpu),
+        pytest.param("cuda", "assert", "device-side assert", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_step_that_the_device_refuses_ends_the_process_with_the_reason_last(
+    folder: Path,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    spawned: list[ExecutorProcess],
+    tmp_path: Path,
+    device: str,
+    fault: str,
+    said: str,
+) -> None:
+    """And the next life on the same rings serves."""
+    skip_without(device)
+    config = make_config(folder, device=device)
+    env = {"TANDEM_TEST_FAULT": fault, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    executor = ExecutorProcess(config, tmp_path, "tests.executor.faulty", env)
+    spawned.append(executor)
+    executor.wait_ready()
+    with pytest.raises(ExecutorDiedError, match=r"Traceback \(most recent call last\)") as died:
+        Driver(config, executor, 64).run(sequences_of(prompts[:3]))
+    assert executor.process.returncode == 1
+    assert said in str(died.value)[str(died.value).rindex("Traceback") :]
+    os.close(executor.parent_end)
+    executor.start(epoch=2, module="executor")
+    executor.wait_ready()
+    executor.plans.restart()
+    sequences = sequences_of(prompts[:3])
+    Driver(config, executor, 64).run(sequences)
+    assert [sequence.output for sequence in sequences] == expected[:3]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_kv_cache_is_sized_by_a_full_step(
