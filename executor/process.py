@@ -109,20 +109,16 @@ class Executor:
 
     def _warm_up(self, config: EngineConfig, phases: Phases) -> None:
         """Compile, capture and pin everything, so that serving does none of it."""
-        self._run_warmup_plans()
-        torch.cuda.synchronize(self._device)
-        phases.end("warm-up")
         if not config.enforce_eager:
             self._runner.capture(self._limits, self._streams.compute)
-            self._run_warmup_plans()  # what surrounds a replay was not needed before
+            torch.cuda.synchronize(self._device)
+            phases.end("CUDA graphs")
+        for plan in warmup_plans(self._limits):
+            self._runner.run_alone(plan, self._limits)
         for ring in (self._wire.plans, self._wire.results):
             pin(ring.memory)
         torch.cuda.synchronize(self._device)
-        phases.end("CUDA graphs")
-
-    def _run_warmup_plans(self) -> None:
-        for plan in warmup_plans(self._limits):
-            self._runner.run_alone(plan, self._limits)
+        phases.end("warm-up")
 
     def serve(self) -> int:
         """Launch plans until asked to stop; returns the exit code."""

@@ -136,14 +136,6 @@ class Sampler:
         """How probable `token` int32 [scores] was by `logits` [scores, vocab_size]."""
         return _with_logprobs(token, logits, self._max_logprobs)
 
-    def warm_up(self, logits: torch.Tensor) -> None:
-        """Compile every kernel that `sample` can need for logits like these [rows, vocab_size], at the null slot."""
-        null_slot = torch.full((len(logits),), len(self.tables.params) - 1, device=logits.device)
-        zero = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-        for prepare in (PlanFlag.NONE, PlanFlag.BIAS | PlanFlag.PENALTY):
-            for choice in (PlanFlag.NONE, PlanFlag.SAMPLE, PlanFlag.SAMPLE | PlanFlag.FILTER):
-                self.sample(logits, null_slot, zero, zero, prepare | choice | PlanFlag.LOGPROBS)
-
 
 def _with_logprobs(token: torch.Tensor, logits: torch.Tensor, max_logprobs: int) -> Sampled:
     logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from executor import sampler_cpu
+from executor.sampler import Sampler
 from ipc.frames import INVALID_TOKEN, PlanFlag
 from tests.executor.sampler_rows import Bench, Row, random_rows
 
@@ -185,6 +186,15 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def warm_up(sampler: Sampler, logits: torch.Tensor) -> None:
+    """Compile every kernel that `sample` can need for logits like these [rows, vocab_size], at the null slot."""
+    null_slot = torch.full((len(logits),), len(sampler.tables.params) - 1, device=logits.device)
+    zero = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+    for prepare in (PlanFlag.NONE, PlanFlag.BIAS | PlanFlag.PENALTY):
+        for choice in (PlanFlag.NONE, PlanFlag.SAMPLE, PlanFlag.SAMPLE | PlanFlag.FILTER):
+            sampler.sample(logits, null_slot, zero, zero, prepare | choice | PlanFlag.LOGPROBS)
+
+
 @needs_gpu
 @pytest.mark.parametrize("asks", [{}, ALL], ids=["greedy", "everything"])
 def test_a_captured_step_replays_with_new_contents(asks: dict[str, object]) -> None:
@@ -192,7 +202,7 @@ def test_a_captured_step_replays_with_new_contents(asks: dict[str, object]) -> N
     bench, eager = Bench(128256, rows, DEVICE), Bench(128256, rows, DEVICE)
     logits = random_logits(8, 128256, torch.bfloat16, 0).to(DEVICE)
     slot, position, row_sample, flags = bench.step(rows)
-    bench.sampler.warm_up(logits)
+    warm_up(bench.sampler, logits)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = bench.sampler.sample(logits, slot, position, row_sample, flags)
@@ -216,7 +226,7 @@ def test_nothing_is_compiled_after_warm_up(dtype: torch.dtype, monkeypatch: pyte
     rows = [Row(slot, seed=slot, **ALL) for slot in range(33)]
     bench = Bench(128256, rows, DEVICE)
     logits = random_logits(33, 128256, dtype, 0).to(DEVICE)
-    bench.sampler.warm_up(logits[:2])
+    warm_up(bench.sampler, logits[:2])
     compiled: list[object] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"]))
     slot, position, row_sample, _ = bench.step(rows)
@@ -232,6 +242,6 @@ def test_sampling_at_the_null_slot_leaves_no_trace() -> None:
     bench = Bench(1000, [Row(0, **ALL)], DEVICE)
     tables = bench.sampler.tables
     before = (tables.params.clone(), tables.token_counts.clone())
-    bench.sampler.warm_up(random_logits(4, 1000, torch.bfloat16, 0).to(DEVICE))
+    warm_up(bench.sampler, random_logits(4, 1000, torch.bfloat16, 0).to(DEVICE))
     assert torch.equal(tables.params, before[0])
     assert torch.equal(tables.token_counts, before[1])
