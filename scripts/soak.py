@@ -69,7 +69,8 @@ class Soak:
                 self.sent["received"] += answer.json()["usage"]["completion_tokens"]
             elif kind >= 95:  # given up half-way
                 async with aclosing(self.client.stream(prompt, max_tokens=1000)) as chunks:
-                    self.sent["received"] += len((await anext(chunks)).token_ids)
+                    first = await anext(chunks)
+                self.sent["received"] += len(first.token_ids)
             else:
                 completion = await self.client.generate(prompt, max_tokens=max_tokens)
                 self.sent["received"] += completion.completion_tokens

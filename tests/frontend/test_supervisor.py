@@ -72,6 +72,9 @@ class Launched:
         self._reader.join(STOP_S)
         return code
 
+    def health(self) -> int:
+        return httpx.get(f"{self.root}/health", timeout=START_S).status_code
+
     def metrics(self) -> str:
         return httpx.get(f"{self.root}/metrics", timeout=START_S).text
 
@@ -358,7 +361,11 @@ def test_a_fault_of_the_user_in_a_child_is_one_line_and_code_2(folder: Path) -> 
 def test_a_hung_executor_is_noticed_dumped_and_replaced(folder: Path) -> None:
     env = {"ENGINE_FAULT": "executor:step=5:epoch=0:hang"}
     with launched(folder, "--watchdog-timeout", "1", env=env) as engine:
-        assert engine.complete(max_tokens=30).status_code == 200
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(engine.complete, max_tokens=30)
+            wait_until(lambda: engine.health() == 503, START_S, "health says that steps do not end")
+            assert answer.result().status_code == 200
+        wait_until(lambda: engine.health() == 200, START_S, "health says that they do")
         log = "\n".join(engine.stderr)
         assert re.search(r"no step finished for \d\.\d s; ending executor", log)
         assert "most recent call first" in log
