@@ -84,6 +84,10 @@ class Options:
     tensor_parallel_size: int
     data_parallel_size: int
     join: str | None
+    cluster: str | None
+    ray_address: str
+    max_replicas: int | None
+    max_frontends: int | None
     block_size: int
     num_gpu_blocks_override: int | None
     kv_cache_memory_bytes: int | None
@@ -192,6 +196,18 @@ def _server_flags(parser: argparse.ArgumentParser) -> None:
         "--frontend-endpoint", metavar="tcp://HOST:PORT", help="for frontends of other hosts; needs --auth-keys"
     )
     group.add_argument("--auth-keys", metavar="DIR", help="key folder of the engine, by scripts/make_keys.py")
+
+
+def _cluster_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--cluster", choices=("ray",), help="place replicas and frontends on the nodes of a cluster")
+    group.add_argument("--ray-address", default="auto", metavar="ADDRESS", help="of a Ray cluster (default: auto)")
+    group.add_argument(
+        "--max-replicas", type=_integer(1, 1024), metavar="M", help="with --cluster: more of them while requests wait"
+    )
+    group.add_argument(
+        "--max-frontends", type=_integer(1, 1024), metavar="N", help="with --cluster: more of them while many are open"
+    )
 
 
 def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
@@ -330,6 +346,7 @@ def make_parser() -> argparse.ArgumentParser:
     groups = (
         _model_flags,
         _server_flags,
+        _cluster_flags,
         _scheduling_flags,
         _device_flags,
         http_flags,
@@ -387,6 +404,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
         flag = "--async-scheduling" if is_async else "--no-async-scheduling"
         raise ConfigError(f"--pipeline-depth: {depth} contradicts {flag}")
     _check_endpoint(values["frontend_endpoint"], values["auth_keys"])
+    _check_cluster(values)
     _check_join(values["join"], values["frontend_endpoint"], values["auth_keys"])
     values["api_key"] = tuple(values["api_key"])
     values["pipeline_depth"] = (1 if is_async is False else 0) if depth is None else depth
@@ -434,6 +452,25 @@ def _check_endpoint(endpoint: str | None, keys: str | None) -> None:
             f"--frontend-endpoint: {endpoint} needs --auth-keys: tcp is served encrypted only, to clients with "
             "listed keys; scripts/make_keys.py makes them"
         )
+
+
+def _check_cluster(values: Mapping[str, Any]) -> None:
+    """A cluster's launcher makes addresses and keys by itself."""
+    if values["cluster"] is None:
+        for name in ("max_replicas", "max_frontends"):
+            if values[name] is not None:
+                raise ConfigError(f"--{_flag_of(name)}: needs --cluster ray")
+        return
+    for name in ("join", "frontend_endpoint", "auth_keys", "uds", "trace"):
+        if values[name] is not None:
+            raise ConfigError(f"--{_flag_of(name)}: means nothing with --cluster {values['cluster']}")
+    if values["api_key"]:
+        raise ConfigError("--api-key: cannot be passed on to other nodes, use --api-key-file or ENGINE_API_KEY")
+    for low, high in (("data_parallel_size", "max_replicas"), ("frontends", "max_frontends")):
+        if values[low] < 1:
+            raise ConfigError(f"--{_flag_of(low)}: a cluster needs at least 1, got {values[low]}")
+        if values[high] is not None and values[high] < values[low]:
+            raise ConfigError(f"--{_flag_of(high)}: {values[high]} is below --{_flag_of(low)} {values[low]}")
 
 
 def _check_join(directory: str | None, endpoint: str | None, keys: str | None) -> None:

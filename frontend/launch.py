@@ -113,7 +113,7 @@ def prepare(options: flags.Options) -> EngineConfig:
     device = choose_device(options.device)
     if device == "cuda" and not options.fake_executor:
         _check_gpus(options.data_parallel_size, options.tensor_parallel_size)
-    weights = not (options.random_weights or options.fake_executor)
+    weights = bool(options.data_parallel_size) and not (options.random_weights or options.fake_executor)
     folder = model_files.find_model(options.model, weights=weights, trust_remote_code=options.trust_remote_code)
     card = model_files.read_card(
         folder,
@@ -233,6 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(flags.as_yaml(options), end="")
             return 0
+        if options.cluster is not None:
+            from frontend import cluster  # and with it Ray, an optional part
+
+            return cluster.serve(options)
         return serve(options)
     except ConfigError as error:
         return fail("engine-launch", error)

@@ -133,6 +133,7 @@ class Supervisor:
                 self._greet(replica)
                 self._directory.put(replica.member)
             self._start_all()
+            self._announce_if_ready()  # a mere directory has nobody to wait for
             while self._children or self._phase is not Phase.STOPPING:
                 self._turn()
         finally:
