@@ -13,6 +13,9 @@ own weights; must compute the same function, which is checked at load.
       norm·gate, up, SiLU                              gate and up; SiLU
       down + residual                                  down; residual, norm
     norm·head                                          head
+
+Several ranks: as many rows, but by either kind of product. The sum over ranks stands between o, or down, and the
+residual, which therefore is added once, to the sum; the head's shares are gathered.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 import triton
+from torch import nn
 from tqdm import tqdm
 
 from executor.attention import PagedLayer
@@ -39,6 +43,8 @@ _MANY_TIMED: Final = 128
 DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
 _GATE_BLOCK: Final = 1024
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
+
+Product = Callable[[Linear, torch.Tensor], torch.Tensor]  # silu(gate) * up if gated
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class FusedDecoder:
                 spec.k_dim == spec.v_dim and spec.k_dim & (spec.k_dim - 1) == 0, f"its heads are {spec.k_dim} wide"
             )
             _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
-        self._weights, self._layers, self._backend = weights, layers, backend
+        self._weights, self._layers, self._backend, self._ranks = weights, layers, backend, weights.ranks
         self._has_pdl = self._pdl = has_pdl(device)
         _, self.ways = self.both_ways()
         self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
@@ -120,7 +126,9 @@ class FusedDecoder:
         # Rows and scores may be more than tokens.
         way = self.ways[_row_class(max(inputs.num_tokens, len(inputs.last_index)))]
         self._pdl = self._skinny.pdl = way.pdl
-        return self._forward_few(inputs, last) if way.few else self._forward_many(inputs, last)
+        if way.few and self._ranks is None:
+            return self._forward_few(inputs, last)
+        return self._forward_many(inputs, last, self._skinny if way.few else self._multiply)
 
     def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         skinny = self._skinny
@@ -135,14 +143,24 @@ class FusedDecoder:
             scaled = Scaled(scaled.value[last], scaled.square[:, last].contiguous(), scaled.eps)
         return skinny(self._head, scaled)
 
-    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
+    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None, product: Product) -> torch.Tensor:
         x, normed = self._embed_normed(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, F.linear(normed, layer.qkv, layer.qkv_bias), inputs)
-            self._add_norm(x, F.linear(attended, layer.o), layer.mlp_norm, normed)
-            hidden = self._gate(F.linear(normed, layer.gate_up))
-            self._add_norm(x, F.linear(hidden, layer.down), self._next_norm[i], normed)
-        return F.linear(normed if last is None else normed[last], self._head.weight)
+            attended = self._attend(i, product(self._qkv[i], normed), inputs)
+            self._add_norm(x, self._sum(product(self._o[i], attended)), layer.mlp_norm, normed)
+            hidden = product(self._gate_up[i], normed)
+            self._add_norm(x, self._sum(product(self._down[i], hidden)), self._next_norm[i], normed)
+        logits = product(self._head, normed if last is None else normed[last])
+        if self._ranks is None or self._weights.gathers is None:
+            return logits
+        return self._ranks.gather(logits, self._weights.gathers)
+
+    def _multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, linear.weight, linear.bias)
+        return self._gate(y) if linear.gated else y
+
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        return partial if self._ranks is None else self._ranks.sum(partial)
 
     def _attend(self, index: int, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""
@@ -181,7 +199,13 @@ class FusedDecoder:
         return x, Scaled(scaled, square[None], self._weights.layers[0].input_norm.eps)
 
     def _embed_normed(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        x, normed, _ = self._embed(inputs, normed=True)
+        if type(self._weights.embed) is nn.Embedding:
+            x, normed, _ = self._embed(inputs, normed=True)
+        else:
+            # Zeroed first: a kernel that starts while the one ahead ends must have a kernel ahead, not a memset.
+            x = self._weights.embedding.new_zeros(inputs.num_tokens, self._weights.embedding.shape[1])
+            rows, normed = self._weights.embed(inputs.token_ids), torch.empty_like(x)
+            self._add_norm(x, rows, self._weights.layers[0].input_norm, normed)
         return x, normed
 
     def _embed(self, inputs: StepInputs, normed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -20,6 +19,8 @@ from executor import compilation, fusion, probe
 from executor.attention import LayerSpec, PagedLayer, choose_backend
 from executor.inputs import StepInputs
 from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
+from executor.ranks import Ranks
+from executor.weights import load_module
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError, ModelError
 
@@ -28,10 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "choose_num_blocks", "load_model"]
 
-# transformers' loaders are untyped.
-_CONFIGS: Final[Any] = transformers.AutoConfig
-_MODELS: Final[Any] = transformers.AutoModelForCausalLM
-_LOGGING: Final[Any] = transformers.utils.logging
+_LOGGING: Final[Any] = transformers.utils.logging  # untyped
 
 _FEW_TOKENS: Final = 4
 _REASON_LETTERS: Final = 400  # of a compiler's complaint, which may go on for pages
@@ -105,8 +103,11 @@ class Model:
         return logits if self._keeps_logits else logits[inputs.last_index]
 
 
-def load_model(config: EngineConfig, progress: bool) -> Model:
-    """Load the model of `config` onto its device, learn its layers, and check that paging leaves its logits alone.
+def load_model(
+    config: EngineConfig, progress: bool, device: torch.device | None = None, ranks: Ranks | None = None
+) -> Model:
+    """Load the model of `config`, or this rank's shards of it, onto its device, learn its layers, and check that paging
+    leaves its logits alone.
 
     Raises ModelError with the reason if the folder or the architecture is at fault, ConfigError if the device is.
     """
@@ -114,9 +115,7 @@ def load_model(config: EngineConfig, progress: bool) -> Model:
         raise ConfigError("torch finds no CUDA device", param="--device")
     if not progress:
         _LOGGING.disable_progress_bar()
-    probe.register()
-    device = torch.device(config.device)
-    module = _initialize(config, device) if config.random_weights else _load(config, device)
+    module = load_module(config, device or torch.device(config.device), ranks)
     module.eval().requires_grad_(False)
     text_config = module.config.get_text_config(decoder=True)
     max_model_len = config.card.max_model_len
@@ -126,6 +125,8 @@ def load_model(config: EngineConfig, progress: bool) -> Model:
             fused, unfused_reason = fusion.fuse_linears(module, partial(_own_logits, module), _limit(module.dtype))
             layers, vocab_size = probe.learn_layers(module, text_config.num_hidden_layers, max_model_len)
         model = Model(module, layers, vocab_size, config)
+        if ranks is not None:
+            model.notes.append(f"{ranks.size} ranks")
         model.notes.append(f"{fused} groups of linear layers fused" if fused else f"not fused: {unfused_reason}")
         check_paging(model)
     except ConfigError:
@@ -177,50 +178,6 @@ def compile_model(model: Model, backend: str = "inductor") -> None:
         compilation.restore(model._module, model.attentions)
         model.implementation = probe.SERVE
         model.notes.append(f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[:_REASON_LETTERS]}")
-
-
-def _load(config: EngineConfig, device: torch.device) -> Any:
-    """The weights of the model's folder, all of them and from safetensors."""
-    folder = Path(config.card.path)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json", param="--model")
-    try:
-        module, report = _MODELS.from_pretrained(
-            folder,
-            dtype=config.dtype,
-            attn_implementation=probe.SERVE,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}", param="--model")
-        return module.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"the weights do not fit the device: {error}", param="--model") from error
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ModelError(f"cannot load {folder}: {type(error).__name__}: {error}", param="--model") from error
-
-
-def _initialize(config: EngineConfig, device: torch.device) -> Any:
-    """The model's own random initialization, on the device and in its dtype at once; needs only a config.json."""
-    folder, trust = config.card.path, config.trust_remote_code
-    try:
-        architecture = _CONFIGS.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-        dtype = architecture.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        torch.manual_seed(config.random_seed)
-        with torch.device(device):
-            return _MODELS.from_config(
-                architecture, dtype=dtype, attn_implementation=probe.SERVE, trust_remote_code=trust
-            )
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"the weights do not fit the device: {error}", param="--model") from error
-    except Exception as error:
-        raise ModelError(f"cannot build {folder}: {type(error).__name__}: {error}", param="--model") from error
 
 
 def _own_logits(module: Any) -> torch.Tensor:

@@ -23,6 +23,7 @@ from executor.lanes import Lanes, StepTimes, open_streams
 from executor.model import choose_num_blocks, compile_model, load_model, optimize_model
 from executor.phases import Phases
 from executor.profile import read_profile
+from executor.ranks import open_ranks
 from executor.sampler import Sampler
 from executor.slot_state import SlotState
 from executor.step import StepRunner
@@ -51,7 +52,8 @@ def run(config: EngineConfig, channels: ExecutorChannels, started_s: float | Non
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)  # a step makes next to no cycles, and collecting them is a stall
         wire.hello(executor.num_blocks)
-        phases.report(executor.description)
+        if wire.publishes:
+            phases.report(executor.description)
         return executor.serve()
 
 
@@ -65,7 +67,8 @@ class Executor:
         self._trace = open_trace(channels.trace)
         self._error: BaseException | None = None
         self._device = open_device(config, channels.rank)
-        self._profile = read_profile(self._device)
+        self._ranks = open_ranks(config, channels, self._device)
+        self._profile = read_profile(self._device) if channels.rank == 0 else None
         self._watch = CompileWatch()
         self._streams = open_streams(self._device)
         # Memory freed on one stream is not reused on another, so the start happens where the steps will.
@@ -88,7 +91,7 @@ class Executor:
 
     def _load(self, config: EngineConfig, phases: Phases) -> StepRunner:
         """Weights, sampler, slot state and KV cache; sets `num_blocks` and `description`."""
-        model = load_model(config, progress=sys.stderr.isatty())
+        model = load_model(config, sys.stderr.isatty(), self._device, self._ranks)
         state = SlotState(self._limits, self._device)
         sampler = Sampler(state.last_token, model.vocab_size, self._limits.max_logprobs, self._device)
         runner = StepRunner(model, sampler, state, self._layout)
@@ -100,6 +103,8 @@ class Executor:
             phases.end("optimize")
         full_step = full_step_plan(self._limits)
         self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step, self._limits))
+        if self._ranks is not None:
+            self.num_blocks = self._ranks.least(self.num_blocks)
         model.allocate_kv(self.num_blocks)
         phases.end("KV cache")
         kv_tokens = (self.num_blocks - 1) * config.block_size
@@ -132,7 +137,12 @@ class Executor:
             self._wire.corrupt_next |= struck == "corrupt"
             if self._profile is not None:
                 self._profile.before(step)
-            self._launch(payload, struck == "nan", since_ns)
+            try:
+                self._launch(payload, struck == "nan", since_ns)
+            except RuntimeError:
+                if self._ranks is None or not self._wire.is_stopping:
+                    raise
+                break  # another rank has stopped already, and a step cannot end without it
         if self._error is not None:
             traceback.print_exception(self._error)
             return 1
@@ -143,7 +153,8 @@ class Executor:
     def _launch(self, payload: Bytes, poison: bool, since_ns: int) -> None:
         header = PlanHeader.read(payload)
         result_seq, result = self._wire.begin_result()
-        output_bytes = self._runner.output_bytes(header)
+        # What a rank that does not publish computes stays on its device: its memory here is not pinned.
+        output_bytes = self._runner.output_bytes(header) if self._wire.publishes else 0
         self._lanes.launch(
             torch.from_numpy(payload[: header.words[PlanWord.TOTAL_BYTES]]),
             torch.from_numpy(result[RESULT_HEADER_BYTES : RESULT_HEADER_BYTES + output_bytes]),

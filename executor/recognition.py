@@ -24,6 +24,8 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from executor.fusion import FusedLinear
+from executor.ranks import Ranks
+from executor.shards import GatheredLinear, RowLinear, ShardedEmbedding
 
 _MODELS: Final[tuple[Any, ...]] = (
     modeling_llama.LlamaModel,
@@ -68,13 +70,16 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """A whole causal LM: embedding, layers of pre-norm attention and gated MLP, norm, head."""
+    """A causal LM: embedding, layers of pre-norm attention and gated MLP, norm, head; or one rank's shards of it."""
 
-    embedding: torch.Tensor  # [vocab, width]
+    embedding: torch.Tensor  # [vocab, width], or [share, width]
+    embed: nn.Module  # token ids -> rows of the whole embedding
     layers: list[LayerWeights]
     norm: Norm
-    head: torch.Tensor  # [vocab, width]
+    head: torch.Tensor  # [vocab, width], or [share, width]
     rotary: Any  # transformers' module: (x, position_ids) -> cos, sin
+    ranks: Ranks | None  # products with o and down are to be summed over them
+    gathers: int | None  # features of the head's shares together, if it is shared out
 
 
 def recognize(model: Any) -> DecoderWeights:
@@ -83,18 +88,30 @@ def recognize(model: Any) -> DecoderWeights:
     if inner is None or head is None:
         raise NotRecognizedError(f"{type(model).__name__} has no model and lm_head")
     _same(inner, _MODELS)
-    _require(type(inner.embed_tokens) is nn.Embedding, "its embedding is of another kind")
-    _require(type(head) is nn.Linear and head.bias is None, "its head is of another kind")
+    _require(type(inner.embed_tokens) in (nn.Embedding, ShardedEmbedding), "its embedding is of another kind")
+    _require(type(head) in (nn.Linear, GatheredLinear) and head.bias is None, "its head is of another kind")
     _require(set(dict(inner.named_children())) == {"embed_tokens", "layers", "norm", "rotary_emb"}, "it has more parts")
     for name in ("apply_rotary_pos_emb", "rotate_half"):
         _same_function(getattr(sys.modules[type(inner).__module__], name), (getattr(modeling_llama, name),))
     return DecoderWeights(
         embedding=inner.embed_tokens.weight,
+        embed=inner.embed_tokens,
         layers=[_layer(layer) for layer in inner.layers],
         norm=_norm(inner.norm),
         head=head.weight,
         rotary=inner.rotary_emb,
+        ranks=_ranks(inner.layers),
+        gathers=head.out_features if type(head) is GatheredLinear else None,
     )
+
+
+def _ranks(layers: Any) -> Ranks | None:
+    """The ranks that all of the output projections are shared out among, or none of them."""
+    outputs = [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    kinds = {type(linear) for linear in outputs}
+    _require(len(kinds) == 1, "some of its output projections are shared out among ranks, others are not")
+    first: Any = outputs[0]
+    return first.ranks if kinds == {RowLinear} else None
 
 
 def _layer(layer: Any) -> LayerWeights:
@@ -107,7 +124,9 @@ def _layer(layer: Any) -> LayerWeights:
     gate_up = _whole(mlp.gate_proj, mlp.up_proj)
     _require(gate_up.bias is None, "its MLP has a bias")
     for linear in (attention.o_proj, mlp.down_proj):
-        _require(type(linear) is nn.Linear and linear.bias is None, "an output projection has a bias")
+        _require(type(linear) in (nn.Linear, RowLinear), "an output projection is of another kind")
+        _require(not getattr(linear, "splits_input", False), "an output projection cuts its input")
+        _require(linear.bias is None, "an output projection has a bias")
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return LayerWeights(
         input_norm=_norm(layer.input_layernorm),
