@@ -2,12 +2,14 @@
 
     python scripts/bench_offline.py --model models/demo --batch 32 --prompt-len 64 --output-len 256 --depth 1,2,3
     python scripts/bench_offline.py --random-weights llama-3.1-8b --workload headline,trace --depth 2 --json out.json
+    python scripts/bench_offline.py --random-weights llama-3.1-8b --output-len 2048 --depth 2 --tensor-parallel-size 1,2
 
-Starts `engine-launch` once per depth without an HTTP frontend and sends token-id prompts over ZMQ, all at once, end of
-sequence off. Flags it does not know go to `engine-launch`. Columns:
+Starts `engine-launch` once per depth and number of ranks, without an HTTP frontend, and sends token-id prompts over
+ZMQ, all at once, end of sequence off. Flags it does not know go to `engine-launch`. Columns:
 
+    tp              ranks that share the model; a line at the end says how many times as fast more of them are
     tok/s, wall s   output tokens, and the time from the first request sent to the last token received
-    limit %         the least time that bytes and FLOPs allow (roofline.py), over the wall time
+    limit %         the least time that bytes and FLOPs allow so many GPUs (roofline.py), over the wall time
     step, device ms wall and device time over steps
     over %          wall time over the sum of device times, less 1: all that is not the device's own work
     busy %          device time over device time plus bubbles, by events at step boundaries
@@ -31,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ class Row:
     workload: str
     sampling: str
     depth: int
+    ranks: int
     requests: int
     tokens: int
     wall_s: float
@@ -81,7 +85,7 @@ class Results:
     """All that one invocation measured; the JSON file is this."""
 
     argv: list[str]
-    starts: list[dict[str, Any]] = field(default_factory=list)  # depth, ready_s, phases, description
+    starts: list[dict[str, Any]] = field(default_factory=list)  # depth, ranks, ready_s, phases, description
     rows: list[Row] = field(default_factory=list)
     latency: list[dict[str, Any]] = field(default_factory=list)
     burst: list[dict[str, Any]] = field(default_factory=list)
@@ -122,7 +126,7 @@ async def drive(client: AsyncClient, workload: Workload, params: Params, seed: i
 
 
 def summarize(
-    workload: Workload, sampling: str, depth: int, tokens: int, wall_s: float, before: Stats, after: Stats,
+    workload: Workload, sampling: str, depth: int, ranks: int, tokens: int, wall_s: float, before: Stats, after: Stats,
     limits: Limits | None,
 ) -> Row:  # fmt: skip
     def delta(name: str) -> int:
@@ -135,11 +139,12 @@ def summarize(
         workload=workload.name,
         sampling=sampling,
         depth=depth,
+        ranks=ranks,
         requests=workload.batch,
         tokens=tokens,
         wall_s=wall_s,
         tokens_per_s=tokens / wall_s,
-        limit_s=limits.of(workload) if limits else None,
+        limit_s=limits.of(workload) / ranks if limits else None,
         steps=steps,
         step_ms=wall_s / steps * 1e3,
         device_ms=device_ns / steps / 1e6,
@@ -159,16 +164,17 @@ def summarize(
 
 
 HEADER = (
-    f"{'workload':14} {'rows':8} {'depth':>5} {'tok/s':>8} {'wall s':>8} {'limit %':>7} {'steps':>6} {'step ms':>8} "
-    f"{'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} {'longest us':>10} "
-    f"{'plan us':>7} {'retire us':>9} {'launch us':>9} {'comp':>5}"
+    f"{'workload':14} {'rows':8} {'depth':>5} {'tp':>3} {'tok/s':>8} {'wall s':>8} {'limit %':>7} {'steps':>6} "
+    f"{'step ms':>8} {'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} "
+    f"{'longest us':>10} {'plan us':>7} {'retire us':>9} {'launch us':>9} {'comp':>5}"
 )
 
 
 def format_row(r: Row) -> str:
     limit = f"{r.limit_s / r.wall_s * 100:7.1f}" if r.limit_s is not None else f"{'-':>7}"
     return (
-        f"{r.workload:14} {r.sampling:8} {r.depth:5d} {r.tokens_per_s:8.0f} {r.wall_s:8.2f} {limit} {r.steps:6d} "
+        f"{r.workload:14} {r.sampling:8} {r.depth:5d} {r.ranks:3d} {r.tokens_per_s:8.0f} {r.wall_s:8.2f} {limit} "
+        f"{r.steps:6d} "
         f"{r.step_ms:8.3f} {r.device_ms:9.3f} {r.over_device * 100:7.2f} {r.busy * 100:7.2f} {r.hidden * 100:8.1f} "
         f"{r.bubbles:8d} {r.bubble_ms:8.2f} {r.longest_bubble_us:10.0f} {r.plan_us:7.0f} {r.retire_us:9.0f} "
         f"{r.launch_us:9.0f} {r.compilations:5d}"
@@ -201,8 +207,8 @@ def print_burst(depth: int, found: list[Disturbance]) -> None:
         )
 
 
-async def measure(engine: Engine, depth: int, plan: list[Workload], with_sampled: bool, limits: Limits | None,
-                  results: Results) -> None:  # fmt: skip
+async def measure(engine: Engine, depth: int, ranks: int, plan: list[Workload], with_sampled: bool,
+                  limits: Limits | None, results: Results) -> None:  # fmt: skip
     """Every workload through one engine; prints each as it ends."""
     choices: list[tuple[str, Params]] = [("greedy", lambda _, o: greedy(o))]
     if with_sampled:
@@ -224,12 +230,26 @@ async def measure(engine: Engine, depth: int, plan: list[Workload], with_sampled
             for name, params in choices:
                 run = await drive(client, workload, params, seed)
                 seed += 1
-                row = summarize(workload, name, depth, *run, limits)
+                row = summarize(workload, name, depth, ranks, *run, limits)
                 results.rows.append(row)
                 print(format_row(row), flush=True)
             if with_sampled:
                 slow, fast = results.rows[-1].wall_s, results.rows[-2].wall_s
                 print(f"{workload.name}: sampled takes {(slow / fast - 1) * 100:+.2f} % of greedy's time", flush=True)
+
+
+def print_ratios(rows: list[Row]) -> None:
+    """How many times as fast more ranks were, for what ran with several numbers of them."""
+    for row in rows:
+        alike = [r for r in rows if (r.workload, r.sampling, r.depth) == (row.workload, row.sampling, row.depth)]
+        fewest = min(alike, key=lambda r: r.ranks)
+        if row.ranks > fewest.ranks:
+            ratio = row.tokens_per_s / fewest.tokens_per_s
+            print(
+                f"{row.workload}, {row.sampling}, depth {row.depth}: {row.ranks} ranks are {ratio:.2f}x of "
+                f"{fewest.ranks}; device time a step {fewest.device_ms:.3f} -> {row.device_ms:.3f} ms",
+                flush=True,
+            )
 
 
 def profile_env(path: Path, depth: int, plan: list[Workload], steps: int) -> tuple[Path, dict[str, str]]:
@@ -259,6 +279,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=512)
     parser.add_argument("--depth", default="1,2")
+    parser.add_argument("--tensor-parallel-size", default="1", metavar="N,M", help="one engine for each")
     parser.add_argument("--sampled", action="store_true", help="run each workload a second time with sampling")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="Chrome trace of steps of the first workload")
     parser.add_argument("--profile-steps", type=int, default=50)
@@ -307,13 +328,19 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as caches:
         chosen = engine_flags(args, plan, folder)
         env = {name: f"{caches}/{name.lower()}" for name in CACHES} if args.cold else {}
-        for depth in map(int, args.depth.split(",")):
+        for depth, ranks in product(*(map(int, some.split(",")) for some in (args.depth, args.tensor_parallel_size))):
             target, extra = profile_env(args.profile, depth, plan, args.profile_steps) if args.profile else (None, {})
             traced = ["--trace", f"{args.trace.with_suffix('')}-depth{depth}.json"] if args.trace else []
-            depth_flags = [*chosen, "--pipeline-depth", str(depth), *flags, *traced]
-            with running_engine(depth_flags, {**env, **extra}) as engine:
-                asyncio.run(measure(engine, depth, plan, args.sampled, limits, results))
-            start = {"depth": depth, "ready_s": engine.ready_s, "phases": engine.phases, "engine": engine.description}
+            shape = ["--pipeline-depth", str(depth), "--tensor-parallel-size", str(ranks)]
+            with running_engine([*chosen, *shape, *flags, *traced], {**env, **extra}) as engine:
+                asyncio.run(measure(engine, depth, ranks, plan, args.sampled, limits, results))
+            start = {
+                "depth": depth,
+                "ranks": ranks,
+                "ready_s": engine.ready_s,
+                "phases": engine.phases,
+                "engine": engine.description,
+            }
             results.starts.append(start)
             phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in engine.phases.items())
             print(f"depth {depth}: ready after {engine.ready_s:.1f} s ({phases})", flush=True)
@@ -321,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
                 results.profiles.append(print_profile(target, args.profile_steps))
             if args.json:
                 args.json.write_text(json.dumps(asdict(results), indent=1))
+    print_ratios(results.rows)
 
 
 if __name__ == "__main__":

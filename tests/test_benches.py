@@ -138,7 +138,7 @@ def test_a_row_is_made_of_differences(offline: ModuleType) -> None:
         steps=110, device_ns=5_000 + 900_000_000, hidden_steps=108, bubbles=5, bubble_ns=100_000_000, plan_ns=5_001_000,
         longest_bubble_ns=70_000, compilations=1,
     )  # fmt: skip
-    row = offline.summarize(offline.WORKLOADS["small-1"], "greedy", 2, 512, 1.0, before, after, None)
+    row = offline.summarize(offline.WORKLOADS["small-1"], "greedy", 2, 1, 512, 1.0, before, after, None)
     assert (row.steps, row.bubbles, row.compilations, row.longest_bubble_us) == (100, 3, 1, 70)
     assert (row.step_ms, row.device_ms, row.plan_us) == (10, 9, 50)
     assert (row.busy, row.hidden) == (0.9, 0.99)
