@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Final
 
-OPEN_TOKENS: Final = 512  # on an H200, 8B: a few hundred decode steps of one more row take as long as so much prefill
+OPEN_TOKENS: Final = 128  # half or twice as many change little (scripts/bench_routing.py); more spread prefixes thin
 MAX_LEVELS: Final = 10  # prefixes of 1, 2, 4 .. 512 blocks are told apart
 MAX_PREFIXES: Final = 1 << 16  # remembered; the least recently used goes first
 MAX_HOLDERS: Final = 32  # replicas remembered for a prefix; one that has more is found everywhere soon

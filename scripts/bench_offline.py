@@ -4,10 +4,14 @@
     python scripts/bench_offline.py --random-weights llama-3.1-8b --workload headline,trace --depth 2 --json out.json
     python scripts/bench_offline.py --random-weights llama-3.1-8b --output-len 2048 --depth 2 --tensor-parallel-size 1,2
 
-Starts `engine-launch` once per depth and number of ranks, without an HTTP frontend, and sends token-id prompts over
-ZMQ, all at once, end of sequence off. Flags it does not know go to `engine-launch`. Columns:
+    python scripts/bench_offline.py --random-weights llama-3.1-8b --workload trace --depth 2 --data-parallel-size 1,2
 
-    tp              ranks that share the model; a line at the end says how many times as fast more of them are
+Starts `engine-launch` once per depth, number of ranks and number of replicas, without an HTTP frontend, and sends
+token-id prompts over ZMQ, all at once, end of sequence off. M replicas get M times the requests. Flags it does not know
+go to `engine-launch`. Columns:
+
+    tp, dp          ranks that share the model, replicas; lines at the end say how many times as fast more of them are;
+                    what is said of steps is of one replica's, on average
     tok/s, wall s   output tokens, and the time from the first request sent to the last token received
     limit %         the least time that bytes and FLOPs allow so many GPUs (roofline.py), over the wall time
     step, device ms wall and device time over steps
@@ -32,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,6 +62,7 @@ class Row:
     sampling: str
     depth: int
     ranks: int
+    replicas: int
     requests: int
     tokens: int
     wall_s: float
@@ -127,28 +132,31 @@ async def drive(client: AsyncClient, workload: Workload, params: Params, seed: i
 
 def summarize(
     workload: Workload, sampling: str, depth: int, ranks: int, tokens: int, wall_s: float, before: Stats, after: Stats,
-    limits: Limits | None,
+    limits: Limits | None, replicas: int = 1,
 ) -> Row:  # fmt: skip
+    """`workload`: what was run once for each replica."""
+
     def delta(name: str) -> int:
         value: int = getattr(after, name) - getattr(before, name)
         return value
 
-    steps = max(1, delta("steps"))
+    steps = max(1, delta("steps"))  # of all replicas
     device_ns = max(1, delta("device_ns"))
     return Row(
         workload=workload.name,
         sampling=sampling,
         depth=depth,
         ranks=ranks,
-        requests=workload.batch,
+        replicas=replicas,
+        requests=workload.batch * replicas,
         tokens=tokens,
         wall_s=wall_s,
         tokens_per_s=tokens / wall_s,
         limit_s=limits.of(workload) / ranks if limits else None,
         steps=steps,
-        step_ms=wall_s / steps * 1e3,
+        step_ms=wall_s / steps * replicas * 1e3,
         device_ms=device_ns / steps / 1e6,
-        over_device=wall_s * 1e9 / device_ns - 1,
+        over_device=wall_s * replicas * 1e9 / device_ns - 1,
         busy=device_ns / (device_ns + delta("bubble_ns")),
         hidden=delta("hidden_steps") / steps,
         bubbles=delta("bubbles"),
@@ -164,8 +172,8 @@ def summarize(
 
 
 HEADER = (
-    f"{'workload':14} {'rows':8} {'depth':>5} {'tp':>3} {'tok/s':>8} {'wall s':>8} {'limit %':>7} {'steps':>6} "
-    f"{'step ms':>8} {'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} "
+    f"{'workload':14} {'rows':8} {'depth':>5} {'tp':>3} {'dp':>3} {'tok/s':>8} {'wall s':>8} {'limit %':>7} "
+    f"{'steps':>6} {'step ms':>8} {'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} "
     f"{'longest us':>10} {'plan us':>7} {'retire us':>9} {'launch us':>9} {'comp':>5}"
 )
 
@@ -173,8 +181,8 @@ HEADER = (
 def format_row(r: Row) -> str:
     limit = f"{r.limit_s / r.wall_s * 100:7.1f}" if r.limit_s is not None else f"{'-':>7}"
     return (
-        f"{r.workload:14} {r.sampling:8} {r.depth:5d} {r.ranks:3d} {r.tokens_per_s:8.0f} {r.wall_s:8.2f} {limit} "
-        f"{r.steps:6d} "
+        f"{r.workload:14} {r.sampling:8} {r.depth:5d} {r.ranks:3d} {r.replicas:3d} {r.tokens_per_s:8.0f} "
+        f"{r.wall_s:8.2f} {limit} {r.steps:6d} "
         f"{r.step_ms:8.3f} {r.device_ms:9.3f} {r.over_device * 100:7.2f} {r.busy * 100:7.2f} {r.hidden * 100:8.1f} "
         f"{r.bubbles:8d} {r.bubble_ms:8.2f} {r.longest_bubble_us:10.0f} {r.plan_us:7.0f} {r.retire_us:9.0f} "
         f"{r.launch_us:9.0f} {r.compilations:5d}"
@@ -207,9 +215,9 @@ def print_burst(depth: int, found: list[Disturbance]) -> None:
         )
 
 
-async def measure(engine: Engine, depth: int, ranks: int, plan: list[Workload], with_sampled: bool,
+async def measure(engine: Engine, depth: int, ranks: int, replicas: int, plan: list[Workload], with_sampled: bool,
                   limits: Limits | None, results: Results) -> None:  # fmt: skip
-    """Every workload through one engine; prints each as it ends."""
+    """Every workload, once for each replica, through one engine; prints each as it ends."""
     choices: list[tuple[str, Params]] = [("greedy", lambda _, o: greedy(o))]
     if with_sampled:
         choices.append(("sampled", sampled))
@@ -228,9 +236,9 @@ async def measure(engine: Engine, depth: int, ranks: int, plan: list[Workload], 
                 continue
             print(HEADER)
             for name, params in choices:
-                run = await drive(client, workload, params, seed)
+                run = await drive(client, replace(workload, batch=workload.batch * replicas), params, seed)
                 seed += 1
-                row = summarize(workload, name, depth, ranks, *run, limits)
+                row = summarize(workload, name, depth, ranks, *run, limits, replicas)
                 results.rows.append(row)
                 print(format_row(row), flush=True)
             if with_sampled:
@@ -239,15 +247,16 @@ async def measure(engine: Engine, depth: int, ranks: int, plan: list[Workload], 
 
 
 def print_ratios(rows: list[Row]) -> None:
-    """How many times as fast more ranks were, for what ran with several numbers of them."""
+    """How many times as fast more ranks and replicas were, for what ran with several numbers of them."""
     for row in rows:
         alike = [r for r in rows if (r.workload, r.sampling, r.depth) == (row.workload, row.sampling, row.depth)]
-        fewest = min(alike, key=lambda r: r.ranks)
-        if row.ranks > fewest.ranks:
+        fewest = min(alike, key=lambda r: (r.ranks, r.replicas))
+        if (row.ranks, row.replicas) > (fewest.ranks, fewest.replicas):
             ratio = row.tokens_per_s / fewest.tokens_per_s
             print(
-                f"{row.workload}, {row.sampling}, depth {row.depth}: {row.ranks} ranks are {ratio:.2f}x of "
-                f"{fewest.ranks}; device time a step {fewest.device_ms:.3f} -> {row.device_ms:.3f} ms",
+                f"{row.workload}, {row.sampling}, depth {row.depth}: tp {row.ranks} dp {row.replicas} is {ratio:.3f}x "
+                f"of tp {fewest.ranks} dp {fewest.replicas}; device time a step {fewest.device_ms:.3f} -> "
+                f"{row.device_ms:.3f} ms",
                 flush=True,
             )
 
@@ -279,6 +288,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=512)
     parser.add_argument("--depth", default="1,2")
+    parser.add_argument("--data-parallel-size", default="1", metavar="N,M", help="one engine for each")
     parser.add_argument("--tensor-parallel-size", default="1", metavar="N,M", help="one engine for each")
     parser.add_argument("--sampled", action="store_true", help="run each workload a second time with sampling")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="Chrome trace of steps of the first workload")
@@ -328,15 +338,18 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as caches:
         chosen = engine_flags(args, plan, folder)
         env = {name: f"{caches}/{name.lower()}" for name in CACHES} if args.cold else {}
-        for depth, ranks in product(*(map(int, some.split(",")) for some in (args.depth, args.tensor_parallel_size))):
+        numbers = (args.depth, args.tensor_parallel_size, args.data_parallel_size)
+        for depth, ranks, replicas in product(*(map(int, some.split(",")) for some in numbers)):
             target, extra = profile_env(args.profile, depth, plan, args.profile_steps) if args.profile else (None, {})
             traced = ["--trace", f"{args.trace.with_suffix('')}-depth{depth}.json"] if args.trace else []
             shape = ["--pipeline-depth", str(depth), "--tensor-parallel-size", str(ranks)]
+            shape += ["--data-parallel-size", str(replicas)]
             with running_engine([*chosen, *shape, *flags, *traced], {**env, **extra}) as engine:
-                asyncio.run(measure(engine, depth, ranks, plan, args.sampled, limits, results))
+                asyncio.run(measure(engine, depth, ranks, replicas, plan, args.sampled, limits, results))
             start = {
                 "depth": depth,
                 "ranks": ranks,
+                "replicas": replicas,
                 "ready_s": engine.ready_s,
                 "phases": engine.phases,
                 "engine": engine.description,

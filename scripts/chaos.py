@@ -2,6 +2,7 @@
 
     python scripts/chaos.py --seconds 300 --seed 1                                       # demo model, CPU, float32
     python scripts/chaos.py --seconds 60 --seed 1 --device cuda --random-weights llama-3.1-8b --streams 64
+    python scripts/chaos.py --seconds 60 --seed 1 --data-parallel-size 2                 # replicas die as a whole, too
 
 Real processes. Many streams at once (`chaos_streams.py`). Every few seconds a process of the engine is killed, or
 stopped for a while, or stopped for longer than the engine bears (`chaos_engine.py`): each of that once, then at random.
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace, folder: Path) -> Chaos:
     shared_memory, gpu_mib = set(os.listdir("/dev/shm")), gpu_memory_mib() if args.device == "cuda" else -1
     (folder / "model").mkdir()
     model, cases = prepare(args, folder / "model")
-    engine = Engine(model, args.device, folder)
+    engine = Engine(model, args.device, folder, replicas=args.data_parallel_size)
     try:
         asyncio.run(warm_up(engine, cases[0]))
         print(
@@ -136,6 +137,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=200, help="at once")
     parser.add_argument("--cases", type=int, default=40, help="different requests")
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--data-parallel-size", type=int, default=1, metavar="M")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "demo")
     parser.add_argument("--random-weights", choices=sorted(RANDOM_SHAPES), help="a known shape instead of a model")

@@ -36,6 +36,7 @@ FAULTS = {
     ("hang", "scheduler"): 1,
     ("hang", "frontend"): 1,
 }
+REPLICA_FAULTS = {("kill", "replica"): 3}  # a scheduler with its executor, where there are several
 # A hang ends when the engine should have noticed it; a stop is shorter than that.
 HANG_S = {"executor": WATCHDOG_S + 3, "scheduler": WATCHDOG_S + 3, "frontend": HEARTBEAT_LIMIT_S + 3}
 NOTICE_S = 5.0  # a process that hung may be killed that much after it went on, and its connections break then
@@ -44,10 +45,12 @@ NOTICE_S = 5.0  # a process that hung may be killed that much after it went on, 
 class Engine:
     """`engine-launch` in a temporary folder of its own, with what it prints to stderr in a file."""
 
-    def __init__(self, model: list[str], device: str, folder: Path) -> None:
+    def __init__(self, model: list[str], device: str, folder: Path, replicas: int) -> None:
         self.log = folder / "stderr"
+        self.faults = FAULTS | (REPLICA_FAULTS if replicas > 1 else {})
         flags = ["--device", device, "--frontends", "2", "--port", "0", "--max-restarts", "100000"]
         flags += ["--watchdog-timeout", str(WATCHDOG_S), "--enable-debug-endpoints"]
+        flags += ["--data-parallel-size", str(replicas)]
         start_s = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -80,6 +83,19 @@ class Engine:
             except psutil.Error:
                 continue  # it ended just now
         return found
+
+    def victims(self, role: str) -> list[list[psutil.Process]]:
+        """The processes that a fault of this role may befall, each with those that go with it."""
+        if role != "replica":
+            return [[process] for name, process in self.processes() if name == role]
+        by_replica: dict[str, list[psutil.Process]] = {}
+        for _, process in self.processes():
+            try:
+                if match := re.search(r" of replica (\d+)", " ".join(process.cmdline())):
+                    by_replica.setdefault(match[1], []).append(process)
+            except psutil.Error:
+                continue  # it ended just now
+        return list(by_replica.values())
 
     def resources(self) -> dict[str, tuple[int, int]]:
         """role -> (fds, threads), the most of any process of the role."""
@@ -161,23 +177,25 @@ class Faults:
 
 async def strike(engine: Engine, faults: Faults, rng: random.Random, deadline_s: float) -> None:
     """Every few seconds something befalls a process: each kind of fault once, in any order, then at random."""
-    first = rng.sample(list(FAULTS), len(FAULTS))
+    possible = engine.faults
+    first = rng.sample(list(possible), len(possible))
     while True:
         await asyncio.sleep(rng.uniform(1.0, 5.0))
         if time.monotonic() > deadline_s:
             return
-        kind, role = first.pop() if first else rng.choices(list(FAULTS), list(FAULTS.values()))[0]
-        alive = [process for name, process in engine.processes() if name == role]
+        kind, role = first.pop() if first else rng.choices(list(possible), list(possible.values()))[0]
+        alive = engine.victims(role)
         if not alive:
             continue
-        victim, number = rng.choice(alive), faults.begin(kind, role)
-        try:
-            if kind == "kill":
-                victim.kill()
-            else:
-                victim.suspend()
-                await asyncio.sleep(HANG_S[role] if kind == "hang" else rng.uniform(0.2, 2.0))
-                victim.resume()
-        except psutil.NoSuchProcess:
-            pass  # the launcher was quicker
+        victims, number = rng.choice(alive), faults.begin(kind, role)
+        for victim in victims:
+            try:
+                if kind == "kill":
+                    victim.kill()
+                else:
+                    victim.suspend()
+                    await asyncio.sleep(HANG_S[role] if kind == "hang" else rng.uniform(0.2, 2.0))
+                    victim.resume()
+            except psutil.NoSuchProcess:
+                pass  # the launcher was quicker
         faults.end(role, number)

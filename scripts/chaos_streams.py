@@ -92,9 +92,11 @@ class Chaos:
     def declare(self, code: str, start_s: float) -> None:
         """A stream ended with a typed error; it must be one that the faults explain."""
         if code == "request_crashed_executor":
-            explained = self.faults.since("executor", start_s - NOTICE_S) >= 2
+            crashes = sum(self.faults.since(role, start_s - NOTICE_S) for role in ("executor", "replica"))
+            explained = crashes >= 2
         else:
-            explained = code == "unavailable" and self.faults.since("scheduler", start_s - RESTART_S) > 0
+            gone = sum(self.faults.since(role, start_s - RESTART_S) for role in ("scheduler", "replica"))
+            explained = code == "unavailable" and gone > 0
         waited_s = time.monotonic() - start_s
         if not explained:
             self.wrong.append(f"error {code!r} after {waited_s:.1f} s and {dict(self.faults.counts)}")
