@@ -10,7 +10,6 @@ back from the frontends, which replay them.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 from pathlib import Path
@@ -74,6 +73,7 @@ from scheduler.wire import Wire
 log = logging.getLogger(__name__)
 
 MESSAGE_HELPING_NS: Final = 200_000  # time for messages between two looks at the result bell
+MAX_NOTICES: Final = 10_000  # that wait for a frontend which sends and does not read
 MAX_BLOCKS: Final = 1 << 24  # of a KV cache: more than any device holds
 REJOIN_NS: Final = 3_000_000_000  # a scheduler that replaces another one is not drained before: frontends come back
 
@@ -210,7 +210,7 @@ class Loop:
             peer.outbox.add_end([request.request_id], FinishReason.INVALID_GRAMMAR)
         else:
             self.state.counters.requests_rejected += 1
-            self._reply(peer, Rejected(request.request_id, error.code, error.message))
+            self._notify(peer, Rejected(request.request_id, error.code, error.message))
 
     # -- to frontends
 
@@ -234,7 +234,7 @@ class Loop:
         self.state.started.clear()
         start, rows = now_ns(), 0
         for peer in self.peers:
-            if peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
+            if self._flush(peer) and peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
                 rows += peer.outbox.rows
                 peer.outbox.clear()
             elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
@@ -261,7 +261,20 @@ class Loop:
             return None
         return True
 
+    def _notify(self, peer: Peer, message: Message) -> None:
+        """What a frontend must learn, since it will not ask again: if its socket is full, later."""
+        peer.notices.append(message)
+        if not self._flush(peer) and len(peer.notices) > MAX_NOTICES:
+            self._remove(peer, f"it left {MAX_NOTICES} notices unread")  # if it lives, it comes back with what is open
+
+    def _flush(self, peer: Peer) -> bool:
+        """Send the notices that wait; False if some still do."""
+        while peer.notices and self._send(peer, peer.notices[0]):
+            peer.notices.popleft()
+        return not peer.notices
+
     def _reply(self, peer: Peer, message: Message) -> None:
+        """Answer a question; who gets no answer asks again."""
         if not self._send(peer, message):
             self.state.counters.dropped_messages += 1
 
@@ -350,9 +363,9 @@ class Loop:
             return
         peer = self.peers.add(identity, hello.name, hello.pid, now_ns())
         peer.last_heard_ns = now_ns()
-        self._reply(peer, self._welcome_message())
+        self._notify(peer, self._welcome_message())
         if self.state.draining:
-            self._reply(peer, Draining())
+            self._notify(peer, Draining())
 
     def _welcome_message(self) -> Welcome:
         state = self.state
@@ -370,7 +383,7 @@ class Loop:
             self.state.admit(peer.index, message)
         except TandemError as error:
             self.state.counters.requests_rejected += 1
-            self._reply(peer, Rejected(message.request_id, error.code, error.message, error.param))
+            self._notify(peer, Rejected(message.request_id, error.code, error.message, error.param))
 
     def _abort(self, peer: Peer, message: Abort) -> None:
         for request_id in message.stopped_ids:
@@ -417,7 +430,7 @@ class Loop:
         self._end(crashed, FinishReason.CRASHED)
         self.state.seq = self.wire.plans.restart()
         for peer in self.peers:
-            self._reply(peer, Paused())
+            self._notify(peer, Paused())
 
     def _on_rank(self, hello: ExecutorHello) -> None:
         """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
@@ -440,27 +453,31 @@ class Loop:
             self.state.finish(request)
             if peer is not None:
                 numbers = f"{request.limit} tokens, the KV cache now holds {self.state.max_seq_len}"
-                self._reply(peer, Rejected(request.request_id, "context_length_exceeded", numbers))
+                self._notify(peer, Rejected(request.request_id, "context_length_exceeded", numbers))
         for peer in self.peers:
-            self._reply(peer, self._welcome_message())
+            self._notify(peer, self._welcome_message())
         self._announce()
 
     def _announce(self) -> None:
         kv_tokens = self.state.pool.capacity * self.config.block_size
         self._tell_launcher(SchedulerReady(self.state.epoch, self.state.max_seq_len, kv_tokens, self.tcp_endpoint))
 
-    def _tell_launcher(self, message: Message) -> None:
-        if self.launcher is not None:
-            # One that was stopped for long is told again, and of one that is gone this process learns by its pipe.
-            with contextlib.suppress(zmq.ZMQError):
-                self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
+    def _tell_launcher(self, message: Message) -> bool:
+        """False if it was not sent: the launcher was stopped for long. Of one that is gone, the pipe tells."""
+        if self.launcher is None:
+            return False
+        try:
+            self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
 
     def _drain(self, abort: bool) -> None:
         state = self.state
         if not state.draining:
             state.draining = True
             for peer in self.peers:
-                self._reply(peer, Draining())
+                self._notify(peer, Draining())
         if abort:
             self._end(list(state.requests.values()), FinishReason.ABORTED)
         self.owes_drained = True
@@ -472,8 +489,7 @@ class Loop:
         now, state = now_ns(), self.state
         self.deliver()
         if self.owes_drained and not state.requests and not self._is_owed_to_frontends():
-            self._tell_launcher(Drained())
-            self.owes_drained = False
+            self.owes_drained = not self._tell_launcher(Drained())
         if now < self.next_check_ns:
             return
         self.next_check_ns = now + int(HEARTBEAT_S * 1e9)
@@ -495,7 +511,7 @@ class Loop:
 
     def _is_owed_to_frontends(self) -> bool:
         """Rows wait to be sent, or frontends of the scheduler before this one may still bring requests."""
-        return now_ns() < self.rejoined_ns or any(peer.outbox for peer in self.peers)
+        return now_ns() < self.rejoined_ns or any(peer.outbox or peer.notices for peer in self.peers)
 
     def _step_age_ns(self) -> int:
         waits = self.state.inflight or (self.state.attached and self.state.has_work and not self._can_plan)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ipc.schema import Message
 from scheduler.outbox import Outbox
 
 
@@ -18,6 +20,7 @@ class Peer:
     pid: int
     last_heard_ns: int
     outbox: Outbox = field(default_factory=Outbox)
+    notices: deque[Message] = field(default_factory=deque)  # found its socket full; in order, before its rows
 
 
 class PeerTable:

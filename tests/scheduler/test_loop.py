@@ -30,10 +30,12 @@ from ipc.schema import (
     GetInvariants,
     GetStats,
     Goodbye,
+    Heartbeat,
     Hello,
     Invariants,
     Message,
     ModelCard,
+    Paused,
     Rejected,
     SamplingParams,
     SchedulerReady,
@@ -315,6 +317,42 @@ def test_a_lagging_frontend_gets_its_rows_in_one_frame(bench: Bench, monkeypatch
     frame = lagging.receive(Tokens)
     assert rows([frame]) == [(1, 5, FinishReason.RUNNING)] * 9 + [(1, 5, FinishReason.LENGTH)]
     assert len(frame.started_id) == 8
+
+
+def _full_for_all(bench: Bench, full: bytes) -> Any:
+    send = bench.loop._send_to
+    return lambda to, message: False if to == full else send(to, message)
+
+
+def test_a_frontend_that_lags_misses_no_notice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal that is lost would be a request that waits for ever."""
+    lagging, other = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop, "_send_to", _full_for_all(bench, lagging.socket.getsockopt(zmq.IDENTITY)))
+    lagging.send(admit(1, max_tokens=100), admit(2))
+    bench.replace_executor(epoch=2)
+    other.send(admit(1))
+    receive_rows(other, 3)
+    monkeypatch.undo()
+    assert lagging.receive(Rejected).request_id == 1
+    assert receive_rows(lagging, 3)[-1] == (2, 5, FinishReason.LENGTH)
+    lagging.receive(Paused)
+    assert lagging.receive(Welcome).epoch == 2
+    assert other.stats().dropped_messages == 0
+
+
+def test_a_frontend_that_sends_and_does_not_read_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "MAX_NOTICES", 5)
+    flooding, other = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop, "_send_to", _full_for_all(bench, flooding.socket.getsockopt(zmq.IDENTITY)))
+    flooding.send(*(admit(i, max_tokens=100) for i in range(6)))
+    for _ in range(LIMIT_MS):
+        if other.stats().frontends == 1:
+            break
+    assert other.stats().frontends == 1
+    monkeypatch.undo()
+    flooding.send(Heartbeat(1))
+    refused = flooding.receive(Rejected)
+    assert (refused.request_id, refused.code) == (-1, "unavailable"), "so it connects anew, with what is open"
 
 
 def test_requests_outlive_an_executor(bench: Bench) -> None:
