@@ -24,6 +24,8 @@ class Deadlines:
 
     async def wait(self, mailbox: Mailbox) -> list[Flight]:
         """`mailbox.wait`. Raises QueueTimeoutError or RequestTimeoutError when the time is up."""
+        if self._request_s is None and self._queue_s is None:
+            return await mailbox.wait()
         while True:
             try:
                 return await mailbox.wait(self._next())

@@ -6,7 +6,7 @@ what keeps the cost of a token low when many stream. Must never touch a socket.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from frontend.assembler import Assembler, Collected
@@ -15,7 +15,7 @@ from frontend.inflight import Flight, Mailbox
 from frontend.request import Chunk, GenerateParams, check_prompt, prepare
 from frontend.tokenizer import Tokenizer
 from ipc.errors import TandemError
-from ipc.schema import ModelCard
+from ipc.schema import FinishReason, ModelCard
 
 
 class Submitter(Protocol):
@@ -23,6 +23,14 @@ class Submitter(Protocol):
 
     def submit(self, flights: Sequence[Flight]) -> None: ...
     def abort(self, flights: Sequence[Flight], *, stopped: bool = False) -> None: ...
+
+
+class Sink(Protocol):
+    """Takes chunks without waiting, as long as it is open."""
+
+    @property
+    def open(self) -> bool: ...
+    def put(self, chunks: Sequence[Chunk]) -> None: ...
 
 
 class Generation:
@@ -66,7 +74,9 @@ class Generation:
                 self._assemblers.append(Assembler(tokenizer, card, prompt, params))
         self._deadlines = Deadlines(self._flights, request_s=timeout_s, queue_s=queue_timeout_s)
         self._running = len(self._flights)
-        self._error: TandemError | None = None
+        self._early: list[Chunk] = []  # ends that the relay came upon
+        self._error: Exception | None = None
+        self._sink: Sink | None = None
         session.submit(self._flights)
 
     async def chunks(self) -> list[Chunk]:
@@ -78,23 +88,53 @@ class Generation:
         while self._running and not found:
             if self._error is not None:
                 raise self._error
-            for flight in await self._deadlines.wait(self._mailbox):
+            flights = await self._deadlines.wait(self._mailbox)
+            found, self._early = self._early, []
+            for flight in flights if self._error is None else ():
                 try:
-                    chunk = self._assemblers[flight.index].take(flight)
+                    chunk = self._take(flight)
                 except TandemError as error:
                     self._error = error  # raised once the reader has had what came before it
                     break
-                if chunk is None:
-                    continue
-                if chunk.finish_reason is not None:
-                    self._running -= 1
-                    # A stop string ends it here, before the engine knows.
-                    self._session.abort((flight,), stopped=True)
-                found.append(chunk)
+                if chunk is not None:
+                    found.append(chunk)
         return found
+
+    def relay_to(self, sink: Sink) -> None:
+        """While the reader waits in `chunks`, give chunks of sequences that go on to `sink` instead, if it is open."""
+        self._sink = sink
+        self._mailbox.relay = self._relay
+
+    def _relay(self, flights: Iterable[Flight]) -> bool:
+        """As of a mailbox. The reader gets every end, every fault, and whatever comes while the sink is not open."""
+        assert self._sink is not None, "a relay to nowhere"
+        if not self._sink.open:
+            return False
+        found: list[Chunk] = []
+        everything = True
+        try:
+            for flight in flights:
+                if flight.finish is not FinishReason.RUNNING or flight.error is not None:
+                    everything = False
+                elif (chunk := self._take(flight)) is not None:
+                    (found if chunk.finish_reason is None else self._early).append(chunk)
+            if found:
+                self._sink.put(found)
+        except Exception as error:  # the reader's, not the event loop's
+            self._error = error
+        return everything and not self._early and self._error is None
+
+    def _take(self, flight: Flight) -> Chunk | None:
+        chunk = self._assemblers[flight.index].take(flight)
+        if chunk is not None and chunk.finish_reason is not None:
+            self._running -= 1
+            # A stop string ends it here, before the engine knows.
+            self._session.abort((flight,), stopped=True)
+        return chunk
 
     def close(self) -> None:
         """Abort what still runs. May be called twice."""
+        self._mailbox.relay = None
         self._session.abort(self._flights)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from frontend.jobs import DIRECT
 from frontend.openai import error_body
 
 MAX_URL_BYTES: Final = 16 << 10
@@ -72,6 +73,7 @@ class LimitedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._header_bytes = 0
+        self.scope["state"][DIRECT] = self
         self._read_within(self.head_timeout_s)
 
     def on_url(self, url: bytes) -> None:
@@ -128,6 +130,14 @@ class LimitedHttp(HttpToolsProtocol):
         self.transport.close()
 
     # -- writing
+
+    @property
+    def takes_data(self) -> bool:
+        """Part of a DirectBody, which an event stream uses between its head and its end."""
+        return not (self.flow.write_paused or self.transport.is_closing())
+
+    def write_part(self, data: bytes) -> None:
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def pause_writing(self) -> None:
         super().pause_writing()

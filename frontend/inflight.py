@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -33,18 +34,40 @@ LogprobRow = tuple[float, int, list[int], list[float]]
 
 
 class Mailbox:
-    """Where the sequences of one user's request report: one reader, woken once for any number of reports."""
+    """Where the sequences of one user's request report: one reader, woken once for any number of reports.
 
-    __slots__ = ("_ready", "_waiter", "each_token")
+    Waking a task costs more than all else about a token, so a reader may leave a `relay`: a function that is given what
+    is new while the reader waits. It returns False for what only the reader can deal with.
+    """
+
+    __slots__ = ("_ready", "_turn_due", "_waiter", "each_token", "relay")
 
     def __init__(self, each_token: bool) -> None:
         self.each_token: Final = each_token  # False: only the end of a sequence wakes the reader
+        self.relay: Callable[[Iterable[Flight]], bool] | None = None
         self._ready: dict[Flight, None] = {}  # an ordered set
         self._waiter: asyncio.Future[None] | None = None
+        self._turn_due = False
 
     def post(self, flight: Flight) -> None:
         self._ready[flight] = None
-        if self._waiter is not None and not self._waiter.done():
+        waiter = self._waiter
+        if waiter is None or self._turn_due or waiter.done():
+            return
+        if self.relay is None:
+            waiter.set_result(None)
+        else:
+            # Not now: more may come of this flight, or of others, before the loop's other callbacks run.
+            self._turn_due = True
+            waiter.get_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        if self._waiter is None or self._waiter.done():
+            return  # the reader is awake, and will look
+        if self.relay is not None and self.relay(self._ready):
+            self._ready.clear()
+        else:
             self._waiter.set_result(None)
 
     async def wait(self, deadline: float | None = None) -> list[Flight]:

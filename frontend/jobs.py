@@ -15,7 +15,7 @@ from litestar import Response
 from litestar.types import Receive, Scope, Send
 
 from frontend.client import AsyncClient
-from frontend.generation import collect
+from frontend.generation import Sink, collect
 from frontend.openai import DONE, error_event
 from frontend.request import Chunk, GenerateParams
 from frontend.shapes import Shape, Usage, make_usage
@@ -28,6 +28,7 @@ _HEADERS: Final = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+DIRECT: Final = "direct"  # in a scope's state: the DirectBody of a server that has one
 _log: Final = logging.getLogger(__name__)
 
 
@@ -83,19 +84,42 @@ async def run_whole(client: AsyncClient, job: Job) -> bytes:
     return job.shape.whole(choices, usage)
 
 
-class Tally:
-    """Counts the tokens of a stream for its usage."""
+class DirectBody(Protocol):
+    """An open response whose body may be written without waiting."""
 
-    def __init__(self, job: Job) -> None:
+    @property
+    def takes_data(self) -> bool: ...
+    def write_part(self, data: bytes) -> None: ...
+
+
+class Events:
+    """Writes chunks as events and counts their tokens; the sink of a stream whose connection can be written to."""
+
+    def __init__(self, job: Job, direct: DirectBody | None) -> None:
         self._job = job
+        self._event = job.shape.event
+        self._direct = direct
         self._cached_tokens = [0] * len(job.prompts)
         self._completion_tokens = 0
 
-    def add(self, chunk: Chunk) -> None:
-        self._completion_tokens += len(chunk.token_ids)
-        prompt, choice = divmod(chunk.index, self._job.params.n)
-        if choice == 0:
-            self._cached_tokens[prompt] = chunk.cached_tokens
+    def of(self, chunks: Sequence[Chunk]) -> bytes:
+        data = b""
+        for chunk in chunks:
+            self._completion_tokens += len(chunk.token_ids)
+            if chunk.cached_tokens:
+                self._cached_tokens[chunk.index // self._job.params.n] = chunk.cached_tokens
+            data += self._event(chunk.index, chunk)
+        return data
+
+    @property
+    def open(self) -> bool:
+        return self._direct is not None and self._direct.takes_data
+
+    def put(self, chunks: Sequence[Chunk]) -> None:
+        assert self._direct is not None, "closed"
+        data = self.of(chunks)
+        if data:
+            self._direct.write_part(data)
 
     def usage(self) -> Usage:
         return make_usage(self._job.prompt_tokens, self._completion_tokens, sum(self._cached_tokens))
@@ -105,11 +129,16 @@ class Source(Protocol):
     """Where an event stream comes from: a Generation."""
 
     async def chunks(self) -> list[Chunk]: ...
+    def relay_to(self, sink: Sink) -> None: ...
     def close(self) -> None: ...
 
 
 class EventStream(Response[None]):
-    """Server-sent events of one job. Made once its first part is here, so that earlier failures have a status."""
+    """Server-sent events of one job. Made once its first part is here, so that earlier failures have a status.
+
+    Its beginning, end and faults go the way of ASGI. What comes in between is written to the connection as it comes,
+    if the server lets us (`DIRECT`), and neither wakes a task nor waits for one.
+    """
 
     def __init__(self, job: Job, first: list[Chunk], source: Source) -> None:
         super().__init__(content=None)
@@ -122,23 +151,24 @@ class EventStream(Response[None]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         try:
-            await while_connected(receive, self._send_events(send))
+            direct = scope.get("state", {}).get(DIRECT)
+            await while_connected(receive, self._send_events(send, direct))
         except CancelledError:
             _log.debug("client left a stream")
         finally:
             self._source.close()
 
-    async def _send_events(self, send: Send) -> None:
-        shape, tally = self._job.shape, Tally(self._job)
-        data, chunks = shape.opening(), self._first
+    async def _send_events(self, send: Send, direct: DirectBody | None) -> None:
+        events = Events(self._job, direct)
+        data, chunks = self._job.shape.opening(), self._first
         try:
             while chunks:
-                for chunk in chunks:
-                    tally.add(chunk)
-                    data += shape.event(chunk.index, chunk)
+                data += events.of(chunks)
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     data = b""
+                if direct is not None and chunks is self._first:
+                    self._source.relay_to(events)
                 chunks = await self._source.chunks()
         except TandemError as error:
             ending = error_event(error)
@@ -146,5 +176,5 @@ class EventStream(Response[None]):
             _log.exception("a stream failed")
             ending = error_event(TandemError("internal error"))
         else:
-            ending = shape.closing(tally.usage()) + DONE
+            ending = self._job.shape.closing(events.usage()) + DONE
         await send({"type": "http.response.body", "body": ending, "more_body": False})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from frontend.structured import StructuredOutputs
@@ -148,8 +149,7 @@ class TokenLogprob:
     top: tuple[tuple[int, str, float], ...]  # (token id, text, logprob), most probable first
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """One increment of one choice. A reader that lags gets several tokens in one; exactly one chunk of a choice, its
     last, has a finish_reason. Text may lag behind token_ids while a character or a stop string is undecided.
     """
@@ -164,8 +164,7 @@ class Chunk:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of prompt[1:], in the first chunk of a choice that asked
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """One finished sequence."""
 
     index: int

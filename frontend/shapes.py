@@ -5,7 +5,6 @@ Called by the HTTP server, once a chunk: pure, and encoded once. A shape knows o
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -243,7 +242,7 @@ class ChatShape:
         parsed = parser.push(part.text, final=finish is not None)
         if finish == "stop" and parser.num_calls:
             finish = "tool_calls"
-        return dataclasses.replace(part, text=parsed.content, finish_reason=finish), parsed.calls
+        return msgspec.structs.replace(part, text=parsed.content, finish_reason=finish), parsed.calls
 
     def _event(self, choice: ChatChoice, **extra: Any) -> bytes:
         usage = None if self._request.include_usage else UNSET

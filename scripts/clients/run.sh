@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs real clients of the OpenAI API against a live engine: the demo model on the CPU, in float32.
+# Runs real clients of the OpenAI API against a live engine: the demo model on the CPU, in float32, with a short context,
+# since schemathesis asks for all of it and waits ten seconds.
 #
 #     scripts/clients/run.sh                      all of them
 #     scripts/clients/run.sh openai lm_eval       some
@@ -9,7 +10,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 HERE=$ROOT/scripts/clients
-ALL=(openai litellm langchain llm lm_eval schemathesis)
+ALL=(openai litellm langchain llm guidellm lm_eval schemathesis)
 MODEL=demo MODEL_DIR=$ROOT/models/demo WORK=$(mktemp -d)
 export ROOT MODEL MODEL_DIR WORK HF_HUB_OFFLINE=1 LITELLM_LOCAL_MODEL_COST_MAP=True
 
@@ -20,7 +21,7 @@ if [ "$(cat "$HERE/.venv/stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" >"$HERE/.venv/stamp"
 fi
 
-"$ROOT/.venv/bin/python" -P -m frontend.launch "$MODEL_DIR" --device cpu --dtype float32 --port 0 >"$WORK/engine.out" 2>"$WORK/engine.log" &
+"$ROOT/.venv/bin/python" -P -m frontend.launch "$MODEL_DIR" --device cpu --dtype float32 --max-model-len 512 --port 0 >"$WORK/engine.out" 2>"$WORK/engine.log" &
 engine=$!
 trap 'kill $engine 2>/dev/null && wait $engine; rm -rf "$WORK"' EXIT
 until grep -qs "^Serving" "$WORK/engine.out"; do
