@@ -89,7 +89,24 @@ class _EngineCollector(Collector):
             for reason, count in stats.requests_finished.items():
                 finished.add_metric((*labels, reason), float(count))
         yield finished
+        yield from self._frontends(replicas)
         yield from self._histograms(replicas)
+
+    def _frontends(self, replicas: list[tuple[tuple[str, str], Stats]]) -> Iterator[Metric]:
+        """Of each client that is connected now; one that leaves takes its samples with it."""
+        names = (*_LABELS, "frontend")
+        requests = GaugeMetricFamily(self._prefix + "frontend_requests", "Open requests of a frontend.", labels=names)
+        backlog = GaugeMetricFamily(
+            self._prefix + "frontend_backlog_rows", "Tokens that a frontend has not taken yet.", labels=names
+        )
+        tokens = CounterMetricFamily(self._prefix + "frontend_tokens", "Tokens sent to a frontend.", labels=names)
+        for labels, stats in replicas:
+            for peer in stats.peers:
+                which = (*labels, f"{peer.name}-{peer.pid}")
+                requests.add_metric(which, float(peer.requests))
+                backlog.add_metric(which, float(peer.backlog_rows))
+                tokens.add_metric(which, float(peer.tokens))
+        yield from (requests, backlog, tokens)
 
     def _histograms(self, replicas: list[tuple[tuple[str, str], Stats]]) -> Iterator[Metric]:
         made = [HistogramMetricFamily(self._prefix + family.name, family.text, labels=_LABELS) for family in FAMILIES]

@@ -29,6 +29,7 @@ from rich.text import Text
 from ipc.clock import now_s
 
 WINDOW_S: Final = 30.0
+MAX_FRONTENDS: Final = 8  # rows
 HISTORY: Final = 60  # values of the curve
 _ANCHOR: Final = ":num_requests_running"  # the metric that every engine of this family has, after its prefix
 _BARS: Final = " ▁▂▃▄▅▆▇█"
@@ -47,12 +48,15 @@ class NoMetricsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One answer of /metrics. Values are summed over labels, but for histogram buckets: family -> (edge, count)."""
+    """One answer of /metrics. Values are summed over labels, but for histogram buckets (family -> (edge, count)) and
+    for what is told of each frontend.
+    """
 
     at_s: float
     model: str
     values: dict[str, float]
     buckets: dict[str, list[tuple[float, float]]]
+    frontends: dict[str, dict[str, float]]  # name and pid -> what is told of it, over all replicas
 
     def get(self, name: str) -> float:
         return self.values.get(name, 0.0)
@@ -67,16 +71,21 @@ def parse(text: str, at_s: float) -> Scrape:
     prefix = anchor.name.removesuffix(_ANCHOR[1:])
     values: dict[str, float] = {}
     buckets: dict[str, dict[float, float]] = {}
+    frontends: dict[str, dict[str, float]] = {}
     for sample in samples:
         name = sample.name.removeprefix(prefix)
         if name.endswith("_bucket"):
             family = buckets.setdefault(name.removesuffix("_bucket"), {})
             edge = float(sample.labels["le"])
             family[edge] = family.get(edge, 0.0) + sample.value
+        elif "frontend" in sample.labels:
+            told = frontends.setdefault(sample.labels["frontend"], {})
+            told[name] = told.get(name, 0.0) + sample.value
         else:
             values[name] = values.get(name, 0.0) + sample.value
     model = anchor.labels.get("model_name", "?")
-    return Scrape(at_s, model, values, {name: sorted(edges.items()) for name, edges in buckets.items()})
+    sorted_buckets = {name: sorted(edges.items()) for name, edges in buckets.items()}
+    return Scrape(at_s, model, values, sorted_buckets, frontends)
 
 
 def scrape(url: str) -> Scrape:
@@ -138,6 +147,11 @@ class History:
         old, new = self._pair
         return self.delta(name) / (new.at_s - old.at_s) if new.at_s > old.at_s else 0.0
 
+    def frontend_rate(self, frontend: str, name: str) -> float:
+        old, new = self._pair
+        grown = new.frontends[frontend].get(name, 0.0) - old.frontends.get(frontend, {}).get(name, 0.0)
+        return grown / (new.at_s - old.at_s) if new.at_s > old.at_s else 0.0
+
     def quantile(self, family: str, q: float) -> float | None:
         return quantile(self._scrapes[0], self._scrapes[-1], family, q)
 
@@ -193,6 +207,7 @@ def _work(history: History) -> Table:
             ("KV cache", _bar(kv) + Text(f" {kv * 100:.1f} %")),
             ("prefix hits", _percent(hits)),
             ("preempted", f"{last.get('num_preemptions_total'):,.0f}"),
+            ("refused", f"{last.get('request_rejected_total'):,.0f}"),
         ]
     )
 
@@ -225,13 +240,32 @@ def _device(history: History) -> Table:
 
 
 def _latencies(history: History) -> Table:
-    table = Table(box=None, padding=(0, 2), header_style="bright_black")
+    table = Table(box=None, padding=(0, 1), header_style="bright_black")
     table.add_column("", style="bright_black", no_wrap=True)
     for name in ("p50", "p90", "p99"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, family in _LATENCIES:
         if family in history.last.buckets:
             table.add_row(label, *(_duration(history.quantile(family, q)) for q in (0.5, 0.9, 0.99)))
+    return table
+
+
+def _frontends(history: History) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bright_black")
+    table.add_column("", no_wrap=True)
+    for name in ("requests", "tokens/s", "behind"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = sorted(history.last.frontends.items())
+    for name, told in rows[:MAX_FRONTENDS]:
+        backlog = int(told.get("frontend_backlog_rows", 0))
+        table.add_row(
+            name,
+            f"{told.get('frontend_requests', 0):,.0f}",
+            f"{history.frontend_rate(name, 'frontend_tokens_total'):,.0f}",
+            Text(f"{backlog:,}", style="yellow" if backlog else ""),
+        )
+    if len(rows) > MAX_FRONTENDS:
+        table.add_row(f"and {len(rows) - MAX_FRONTENDS} more")
     return table
 
 
@@ -250,7 +284,14 @@ def frame(history: History, url: str) -> RenderableType:
     body.add_row(Panel(_work(history), title="work"), Panel(_device(history), title="device and host, a step"))
     top = max(history.curve, default=0.0)
     curve = Panel(_curve(history.curve), title=f"output tokens/s, at most {top:,.0f}")
-    return Group(head, body, Panel(_latencies(history), title=f"latency, last {WINDOW_S:.0f} s"), curve)
+    below = Table.grid(expand=True, padding=(0, 1))
+    below.add_column(ratio=1)
+    below.add_column(ratio=1)
+    below.add_row(
+        Panel(_latencies(history), title=f"latency, last {WINDOW_S:.0f} s"),
+        Panel(_frontends(history), title="frontends and clients"),
+    )
+    return Group(head, body, below, curve)
 
 
 def metrics_url(url: str) -> str:

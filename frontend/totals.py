@@ -22,6 +22,7 @@ def total_stats(parts: Sequence[Stats]) -> Stats:
     special: dict[str, Any] = {
         "requests_finished": dict(sum((Counter(part.requests_finished) for part in parts), Counter())),
         "draining": all(part.draining for part in parts),
+        "peers": [peer for part in parts for peer in part.peers],
         "histograms": np.sum(tables, axis=0).tobytes() if tables else b"",
     }
     return Stats(**special, **_added(parts, special))

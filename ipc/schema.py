@@ -181,6 +181,16 @@ class GetStats(Message, frozen=True, tag="get_stats"):
     restart_longest: bool = False  # after the answer, `longest_*` begin anew: for whoever measures a span of time
 
 
+class PeerStats(msgspec.Struct, frozen=True, gc=False):
+    """One client of a scheduler: a frontend, or a Python program."""
+
+    name: str
+    pid: int  # on its host
+    requests: int  # open now, waiting ones included
+    tokens: int  # sent to it since it connected
+    backlog_rows: int  # now: made, and not yet taken by its socket
+
+
 class Stats(Message, frozen=True, tag="stats"):
     """Counters since start unless said otherwise. Times in nanoseconds."""
 
@@ -215,6 +225,7 @@ class Stats(Message, frozen=True, tag="stats"):
     compilations: int = 0  # kernels compiled and graphs captured while serving; must stay 0
     histograms: bytes = b""  # ipc.histograms
     queued_tokens: int = 0  # now, of those that wait
+    peers: list[PeerStats] = []
 
 
 class GetInvariants(Message, frozen=True, tag="get_invariants"):

@@ -236,6 +236,7 @@ class Loop:
         for peer in self.peers:
             if self._flush(peer) and peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
                 rows += peer.outbox.rows
+                peer.sent_tokens += peer.outbox.rows
                 peer.outbox.clear()
             elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
                 self._give_up(peer)
@@ -532,5 +533,6 @@ class Loop:
             draining=state.draining,
             histograms=state.histograms.pack(),
             queued_tokens=state.queue.num_tokens,
+            peers=self.peers.stats(owner for owner, _ in state.requests),
             **{name: getattr(counters, name) for name in counters.__slots__},
         )

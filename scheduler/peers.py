@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ipc.schema import Message
+from ipc.schema import Message, PeerStats
 from scheduler.outbox import Outbox
 
 
@@ -19,6 +19,7 @@ class Peer:
     name: str
     pid: int
     last_heard_ns: int
+    sent_tokens: int = 0
     outbox: Outbox = field(default_factory=Outbox)
     notices: deque[Message] = field(default_factory=deque)  # found its socket full; in order, before its rows
 
@@ -54,3 +55,11 @@ class PeerTable:
 
     def remove(self, peer: Peer) -> None:
         del self._by_identity[peer.identity], self._by_index[peer.index]
+
+    def stats(self, owners: Iterable[int]) -> list[PeerStats]:
+        """Of each peer; `owners` has the index of a peer for each open request."""
+        open_requests = Counter(owners)
+        return [
+            PeerStats(peer.name, peer.pid, open_requests[peer.index], peer.sent_tokens, peer.outbox.backlog)
+            for peer in self
+        ]

@@ -9,7 +9,8 @@ stream    the whole engine with the fake executor: 256 streams; tokens per secon
 requests  the same engine: requests a second at 8-token outputs, streamed and not, 64 connections kept alive.
 latency   this script plays the scheduler: HTTP request sent -> Admit received, and Tokens frame sent -> event received,
           one frame every 20 ms to all streams. Client and scheduler share one process and one clock.
-memory    this script plays the scheduler: resident memory of a frontend with 0, 1,000 and 10,000 streams open.
+memory    this script plays the scheduler: resident memory of a frontend with 0, 1,000, 10,000 and again 10,000 streams
+          open, at their start and 40 tokens later. Needs `ulimit -n 25000`.
 
 The load generator and the engine share the machine, so CPU seconds of a process are the number to compare.
 """
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import psutil
 import uvloop
-from played_scheduler import DEMO, played
+from played_scheduler import DEMO, PlayedScheduler, played
 
 from ipc.schema import FinishReason
 
@@ -237,9 +238,10 @@ async def bench_latency(frontends: int, streams: int, ticks: int) -> None:
 
 async def bench_memory(counts: list[int]) -> None:
     async with played(1) as (scheduler, (port,), (process,)):
-        connections: list[Connection] = []
-        used = [process.memory_info().rss]
+        told = [f"idle {_mib(process)}"]
+        idle = process.memory_info().rss
         for count in counts:
+            connections = []
             while len(connections) < count:
                 batch = [await connect(port) for _ in range(min(200, count - len(connections)))]
                 for connection in batch:
@@ -247,25 +249,31 @@ async def bench_memory(counts: list[int]) -> None:
                 connections += batch
                 while sum(map(len, scheduler.open.values())) < len(connections):
                     await asyncio.sleep(0.01)
-            for turn in range(1, 9):
-                scheduler.tick()
-                while min(c.events for c in connections) < turn:
-                    await asyncio.sleep(0.05)
-                for c in connections:
-                    c.events = turn
-            used.append(process.memory_info().rss)
+            await stream_to(connections, scheduler, 4)
+            told.append(f"{count:,} streams {_mib(process)}")
+            each = (process.memory_info().rss - idle) / count / 1024
+            await stream_to(connections, scheduler, 40)
+            told.append(f"after 40 more tokens each {_mib(process)}")
+            scheduler.tick(FinishReason.LENGTH)
+            await asyncio.gather(*(c.done for c in connections))
             for c in connections:
-                c.events = 0
-        scheduler.tick(FinishReason.LENGTH)
-        await asyncio.gather(*(c.done for c in connections))
-        for c in connections:
-            c.transport.close()
-        await asyncio.sleep(1)
-        used.append(process.memory_info().rss)
-    names = ["idle", *(f"{count} streams" for count in counts), "all closed"]
-    text = ", ".join(f"{name} {rss / 2**20:.0f} MiB" for name, rss in zip(names, used, strict=True))
-    each = (used[-2] - used[0]) / counts[-1] / 1024
-    print(f"memory    N=1: {text}; {each:.1f} KiB a stream", flush=True)
+                c.transport.close()
+            await asyncio.sleep(1)
+        told.append(f"all closed {_mib(process)}")
+    print(f"memory    N=1: {', '.join(told)}; {each:.1f} KiB a stream", flush=True)
+
+
+def _mib(process: psutil.Process) -> str:
+    return f"{process.memory_info().rss / 2**20:.0f} MiB"
+
+
+async def stream_to(connections: list[Connection], scheduler: PlayedScheduler, tokens: int) -> None:
+    """One token after the other, each to all streams."""
+    for _ in range(tokens):
+        before = [c.events for c in connections]
+        scheduler.tick()
+        while any(c.events == seen for c, seen in zip(connections, before, strict=True)):
+            await asyncio.sleep(0.05)
 
 
 async def run(args: argparse.Namespace) -> None:
@@ -279,7 +287,7 @@ async def run(args: argparse.Namespace) -> None:
             for streams in (32, 128, args.streams):
                 await bench_latency(frontends, streams, args.ticks)
     if "memory" in args.parts:
-        await bench_memory([1000, 10_000])
+        await bench_memory([1000, 10_000, 10_000])
 
 
 def main() -> None:

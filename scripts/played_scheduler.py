@@ -45,7 +45,7 @@ class PlayedScheduler:
     def __init__(self, endpoint: str) -> None:
         card = read_card(DEMO, name="demo", max_model_len=None, max_logprobs=20)
         self._welcome = Welcome(PROTOCOL_VERSION, True, card, 0, 1 << 20, 16)
-        empty = {"int": 0, "bool": False, "bytes": b"", "dict[str, int]": {}}
+        empty = {"int": 0, "bool": False, "bytes": b"", "dict[str, int]": {}, "list[PeerStats]": []}
         self._stats = Stats(**{name: empty[kind] for name, kind in Stats.__annotations__.items()})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = bind_router(self._context, endpoint)

@@ -129,7 +129,7 @@ def test_start_up_phases_are_read_from_the_log() -> None:
 
 def stats(**changes: int) -> Stats:
     fields = dict.fromkeys(Stats.__struct_fields__, 0)
-    return Stats(**{**fields, "requests_finished": {}, "draining": False, **changes})
+    return Stats(**{**fields, "requests_finished": {}, "draining": False, "peers": [], **changes})
 
 
 def test_a_row_is_made_of_differences(offline: ModuleType) -> None:

@@ -42,7 +42,7 @@ def card(path: str = "", **changes: Any) -> ModelCard:
 
 def stats(**changes: Any) -> Stats:
     fields: dict[str, Any] = dict.fromkeys(Stats.__struct_fields__, 0)
-    return Stats(**{**fields, "requests_finished": {}, "draining": False, "histograms": b"", **changes})
+    return Stats(**{**fields, "requests_finished": {}, "draining": False, "peers": [], "histograms": b"", **changes})
 
 
 def tokens(rows: Iterable[tuple[int, int, int]], cached: dict[int, int] | None = None, logprobs: Any = None) -> Tokens:

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from frontend.metrics import exposition, make_registry
 from ipc.errors import ProtocolError
 from ipc.histograms import FAMILIES, Distribution, Histograms, unpack_histograms
+from ipc.schema import PeerStats
 from tests.frontend.scripted_scheduler import stats
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -73,6 +74,14 @@ def test_a_histogram_is_cumulative_and_exact() -> None:
     assert (buckets["0.001"], buckets["0.002"], buckets["0.02"], buckets["2.5"], buckets["+Inf"]) == (2, 3, 9, 9, 10)
     assert found[f"{name}_count"][0][1] == 10
     assert found[f"{name}_sum"][0][1] == pytest.approx(0.0005 + 0.001 + 0.0011 + 3 + 0.12)
+
+
+def test_each_frontend_has_its_samples() -> None:
+    peers = [PeerStats("http", 12, 3, 500, 0), PeerStats("client", 13, 1, 40, 7)]
+    found = exposition(make_registry("engine", "m", lambda: {0: stats(peers=peers)})).decode()
+    labels = 'engine="0",frontend="client-13",model_name="m"'
+    for name, value in (("requests", "1.0"), ("tokens_total", "40.0"), ("backlog_rows", "7.0")):
+        assert f"engine:frontend_{name}{{{labels}}} {value}" in found
 
 
 def test_replicas_are_told_apart_by_their_label() -> None:

@@ -17,6 +17,9 @@ vllm:num_requests_running{{model_name="demo",engine="0"}} 3.0
 vllm:generation_tokens_total{{model_name="demo",engine="0"}} {tokens}
 # TYPE vllm:steps counter
 vllm:steps_total{{model_name="demo",engine="0"}} {steps}
+# TYPE vllm:frontend_tokens counter
+vllm:frontend_tokens_total{{frontend="http-7",model_name="demo",engine="0"}} {tokens}
+vllm:frontend_tokens_total{{frontend="http-7",model_name="demo",engine="1"}} {tokens}
 # TYPE vllm:time_to_first_token_seconds histogram
 vllm:time_to_first_token_seconds_bucket{{le="0.1",model_name="demo",engine="0"}} {fast}
 vllm:time_to_first_token_seconds_bucket{{le="0.2",model_name="demo",engine="0"}} {slow}
@@ -67,6 +70,7 @@ def test_a_frame_shows_what_is_there_and_dashes_what_is_not() -> None:
     assert "1,234 tokens/s" in shown
     assert "100.0 ms" in shown  # the median of one fast and one slow request
     assert re.search(r"device idle +–", shown)
+    assert re.search(r"http-7 +0 +2,468", shown)  # its tokens of both replicas
 
 
 def test_what_is_no_engine_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
