@@ -13,6 +13,7 @@ from ipc.clock import now_s
 from ipc.config import EngineConfig, ExecutorChannels, read_start
 from ipc.errors import ConfigError
 from ipc.lifetime import enter_process, fail
+from ipc.logs import configure_news
 
 
 def main() -> int:
@@ -22,6 +23,7 @@ def main() -> int:
     config, channels = read_start(parser.parse_args().start_fd, EngineConfig, ExecutorChannels)
     # OpenMP threads that spin while idle starve the other processes of a small machine; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    configure_news(config.log)
     try:
         enter_process(config.title(channels.role), channels.parent_pipe, ipc, executor)
         # Only now: importing torch takes seconds, and the parent may die in them.

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ipc.logs import news
+
 
 class CompileWatch:
     """Counts from `start` on. `take` may be called on another thread than the one that compiles."""
@@ -35,7 +37,7 @@ class CompileWatch:
 
     def _note(self, what: str) -> None:
         self._seen += 1
-        print(f"executor: {what} was compiled while serving", file=sys.stderr, flush=True)
+        news("executor", f"{what} was compiled while serving")
 
     def _watch_triton(self, knobs: Any) -> None:
         """Kernels found in the cache on disk count too: loading one takes milliseconds."""

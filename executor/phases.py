@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from ipc.clock import now_s
+from ipc.logs import news
 
 
 class Phases:
@@ -24,4 +23,4 @@ class Phases:
         lines = [f"start-up {'seconds':>17} {'total':>7}"]
         lines += [f"  {name:14} {taken:9.1f} {total:7.1f}" for name, taken, total in self._rows]
         lines.append(f"{description}; ready in {self._last_s - self._started_s:.1f} s")
-        print("\n".join(f"executor: {line}" for line in lines), file=sys.stderr, flush=True)
+        news("executor", "\n".join(lines))

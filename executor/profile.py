@@ -8,13 +8,13 @@ slower on the host: what it shows is the device within steps and between them, n
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from ipc.errors import ConfigError
+from ipc.logs import news
 
 _VARIABLE: Final = "ENGINE_PROFILE"
 
@@ -45,9 +45,7 @@ class Profile:
         self._trace.stop()
         self._trace.export_chrome_trace(str(self._path))
         self._trace = None
-        print(
-            f"executor: {self._count} steps from {self._first} on traced to {self._path}", file=sys.stderr, flush=True
-        )
+        news("executor", f"{self._count} steps from {self._first} on traced to {self._path}")
 
 
 def read_profile(device: torch.device) -> Profile | None:

@@ -31,6 +31,7 @@ from ipc.clock import now_s
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError
 from ipc.lifetime import fail
+from ipc.logs import LogConfig, configure_news, news
 
 
 def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
@@ -142,11 +143,7 @@ def _sampling_defaults(source: str, folder: Path) -> dict[str, float]:
         return {}
     if source != "auto" and not Path(source, "generation_config.json").exists():
         raise ConfigError(f"no generation_config.json in {source}", param="--generation-config")
-    defaults = model_files.read_sampling_defaults(folder if source == "auto" else Path(source))
-    if defaults:
-        told = ", ".join(f"{name}={value}" for name, value in defaults.items())
-        print(f"engine-launch: requests sample by the model's defaults: {told}", file=sys.stderr)
-    return defaults
+    return model_files.read_sampling_defaults(folder if source == "auto" else Path(source))
 
 
 def serve(options: flags.Options) -> int:
@@ -194,17 +191,20 @@ def _supervise(
             engine_roles(options.frontends, ranks=config.ranks, fake_executor=options.fake_executor),
             shutdown_timeout_s=options.shutdown_timeout,
             max_restarts=options.max_restarts,
-            on_ready=partial(_announce, options, config.card.name, _places(listener, directory, plumbing), started_s),
+            on_ready=partial(_announce, options, config, _places(listener, directory, plumbing), started_s),
             announcement=announcement,
         ).run()
 
 
-def _announce(options: flags.Options, name: str, places: Sequence[str], started_s: float) -> None:
+def _announce(options: flags.Options, config: EngineConfig, places: Sequence[str], started_s: float) -> None:
     took_s = now_s() - started_s
     # Only now, so that a start that fails says one line: what is at fault.
     told = ", ".join(f"{name}={value}" for name, value in flags.changed(options).items())
-    print(f"engine-launch: {options.model} with {told or 'every flag at its default'}", file=sys.stderr, flush=True)
-    print(f"Serving {name} on {' and '.join(places)} (ready in {took_s:.1f} s)", flush=True)
+    news("engine-launch", f"{options.model} with {told or 'every flag at its default'}")
+    if sampling := config.card.sampling_defaults:
+        defaults = ", ".join(f"{field}={value}" for field, value in sampling.items())
+        news("engine-launch", f"requests sample by the model's defaults: {defaults}")
+    print(f"Serving {config.card.name} on {' and '.join(places)} (ready in {took_s:.1f} s)", flush=True)
 
 
 def _places(listener: socket.socket | None, directory: Directory, plumbing: Plumbing) -> list[str]:
@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.hide_api_keys("engine-launch", argv)
     try:
         options = flags.parse(argv, os.environ)
+        configure_news(LogConfig(json=options.log_format == "json"))
         if options.print_config:
             print(flags.as_yaml(options), end="")
             return 0

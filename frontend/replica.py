@@ -6,7 +6,6 @@ Used by the supervisor, which starts and ends the processes. Never on the path o
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
@@ -17,6 +16,7 @@ from frontend.plumbing import Lines
 from ipc.clock import now_s
 from ipc.config import EngineConfig
 from ipc.errors import ProtocolError
+from ipc.logs import news
 from ipc.schema import (
     PROTOCOL_VERSION,
     Drain,
@@ -162,4 +162,4 @@ def config_of(number: int, replicas: int, config: EngineConfig) -> EngineConfig:
 
 
 def say(text: str) -> None:
-    print(f"engine-launch: {text}", file=sys.stderr, flush=True)
+    news("engine-launch", text)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ipc.errors import ConfigError
+from ipc.logs import news
 from ipc.trace import Trace, create_trace
 
 
@@ -32,7 +32,7 @@ def step_trace(file: str | None, *, on_demand: bool) -> Iterator[int]:
         if target is not None:
             with os.fdopen(target, "wb") as stream:
                 stream.write(Trace(memory).chrome())
-            print(f"engine-launch: trace written to {file}", file=sys.stderr, flush=True)
+            news("engine-launch", f"trace written to {file}")
         os.close(memory)
 
 

@@ -7,7 +7,6 @@ import faulthandler
 import os
 import select
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from typing import Final
 import setproctitle
 
 from ipc.errors import ConfigError
+from ipc.logs import news
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -65,5 +65,5 @@ def fail(role: str, error: BaseException) -> int:
     """Report a fault of the user as one line naming the flag; returns the exit code 2."""
     flag = getattr(error, "param", None)
     reason = " ".join(str(error).split())  # those of libraries have several lines
-    print(f"{role}: error: {flag + ': ' if flag else ''}{reason}", file=sys.stderr, flush=True)
+    news(role, f"{flag + ': ' if flag else ''}{reason}", error=True)
     return 2

@@ -1,6 +1,7 @@
-"""How a process logs: one line an event to stderr, as text with the process in front, or as a JSON object.
+"""What processes write to stderr: logs and news, one line an event, as text or as a JSON object.
 
-Called once at the start of a process. Messages must never hold prompts or keys.
+Configured once at the start of a process. News is what its operator is to be told at any log level: that it serves, why
+it ends. Messages must never hold prompts or keys.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from typing import Final
 
 import msgspec
@@ -64,8 +66,43 @@ class _Json(logging.Formatter):
         return json.dumps(entry)
 
 
+_news_log: Final = logging.getLogger("news")
+
+
+class _NewsHandler(logging.Handler):
+    """`role: text`, or the JSON object of a log line; the role is the logger's last name."""
+
+    as_json = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        role, text = record.name.rpartition(".")[2], record.getMessage()
+        if self.as_json:
+            lines = [_Json(role).format(record)]
+        else:
+            fault = "error: " if record.levelno >= logging.ERROR else ""
+            lines = [f"{role}: {fault}{line}" for line in text.splitlines()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+_news_handler: Final = _NewsHandler()
+_news_log.addHandler(_news_handler)
+_news_log.propagate = False
+_news_log.setLevel(logging.INFO)
+
+
+def news(role: str, text: str, *, error: bool = False) -> None:
+    """Tell the operator, whatever the log level."""
+    _news_log.getChild(role).log(logging.ERROR if error else logging.INFO, "%s", text, stacklevel=2)
+
+
+def configure_news(config: LogConfig) -> None:
+    """As text or as JSON; text until it is called."""
+    _news_handler.as_json = config.json
+
+
 def configure_logs(role: str, config: LogConfig) -> None:
-    """Send this process's log to stderr."""
+    """Send this process's log to stderr, and its news in the same form."""
+    configure_news(config)
     handler = logging.StreamHandler()
     handler.setFormatter(_Json(role) if config.json else _Text(role))
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)

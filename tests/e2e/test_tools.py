@@ -10,6 +10,8 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import httpx
+
 from tests.e2e.engine import running_engine
 
 BENCH = "from frontend.bench.cli import main; raise SystemExit(main())"
@@ -74,3 +76,15 @@ def test_bench_top_and_trace(tmp_path: Path) -> None:
     assert lanes(trace.read_bytes()) == LANES
     steps = [e["args"]["step"] for e in json.loads(trace.read_bytes())["traceEvents"] if e["name"] == "compute"]
     assert steps == sorted(set(steps))
+
+
+def test_every_process_logs_json_if_asked(tmp_path: Path) -> None:
+    log, trace = tmp_path / "log", tmp_path / "trace.json"
+    flags = ("--log-format", "json", "--log-level", "debug", "--device", "cpu", "--trace", str(trace))
+    with log.open("w") as stderr, running_engine(*flags, stderr=stderr) as engine:
+        asked = {"prompt": "x", "max_tokens": 2, "no_such_field": 1}
+        assert httpx.post(f"{engine.url}/completions", json=asked, timeout=60).status_code == 200
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["process"] for line in lines} >= {"engine-launch", "executor", "frontend"}
+    assert any("no_such_field" in line["message"] for line in lines)
+    assert any(line["message"] == f"trace written to {trace}" for line in lines)
