@@ -207,27 +207,29 @@ def start(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `engine-frontend`: one more HTTP server for a scheduler that runs already."""
-    from frontend import flags
+    from frontend import flag_groups, flags
     from frontend.launch import bind_http, url_of
 
     argv = sys.argv[1:] if argv is None else argv
     flags.hide_api_keys("engine-frontend", argv)
-    parser = flags.FlagParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
+    parser = flag_groups.FlagParser(prog="engine-frontend", description="Serve HTTP for a running scheduler.")
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the scheduler's, such as ipc:///tmp/…")
     parser.add_argument("--auth-keys", metavar="DIR", help="key folder of this client, for a tcp endpoint")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the engine's model folder, if this host has it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    flags.http_flags(parser)
+    flag_groups.http_flags(parser)
+    flag_groups.log_flags(parser)
     try:
         options = parser.parse_args(argv)
         digests = collect_digests(options.api_key, options.api_key_file, os.environ)
         check_one_place(ipc, frontend)
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         config = flags.http_config(options, digests)
+        log = LogConfig(level=options.log_level, json=options.log_format == "json")
         client = _client(options.connect, config, tokenizer=tokenizer, auth_keys=options.auth_keys)
         listener = bind_http(options.host, options.port, None)
     except ConfigError as error:
         return fail("engine-frontend", error)
     print(f"Frontend on {url_of(listener)}", flush=True)
-    return _run(serve(client, listener, config, close_timeout_s=config.shutdown_timeout_s), LogConfig())
+    return _run(serve(client, listener, config, close_timeout_s=config.shutdown_timeout_s), log)
