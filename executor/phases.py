@@ -23,4 +23,5 @@ class Phases:
         lines = [f"start-up {'seconds':>17} {'total':>7}"]
         lines += [f"  {name:14} {taken:9.1f} {total:7.1f}" for name, taken, total in self._rows]
         lines.append(f"{description}; ready in {self._last_s - self._started_s:.1f} s")
-        news("executor", "\n".join(lines))
+        for line in lines:
+            news("executor", line)

@@ -77,11 +77,10 @@ class _NewsHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         role, text = record.name.rpartition(".")[2], record.getMessage()
         if self.as_json:
-            lines = [_Json(role).format(record)]
+            line = _Json(role).format(record)
         else:
-            fault = "error: " if record.levelno >= logging.ERROR else ""
-            lines = [f"{role}: {fault}{line}" for line in text.splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+            line = f"{role}: {'error: ' if record.levelno >= logging.ERROR else ''}{text}"
+        print(line, file=sys.stderr, flush=True)
 
 
 _news_handler: Final = _NewsHandler()
