@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
@@ -36,6 +36,7 @@ from executor.attention.triton import Heads, TritonBackend
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
 from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
+from executor.measured import cache_path, read_choices, write_choices
 from executor.recognition import DecoderWeights, LayerWeights, NotRecognizedError
 
 _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
@@ -82,6 +83,7 @@ class FusedDecoder:
         self._linears = [*self._qkv, *self._o, *self._gate_up, *self._down, self._head]
         table = _rotary_table(weights.rotary, layers[0].spec.k_dim, max_model_len, dtype, device)
         self._heads = [_heads(table, layer) for layer in weights.layers]
+        self._name = _name(self._linears, layers)
         # The gain of the norm that follows each layer.
         norms = [layer.input_norm for layer in weights.layers] + [weights.norm]
         self._next_norm = norms[1:]
@@ -105,17 +107,34 @@ class FusedDecoder:
         )
 
     def choose_ways(self, forward: Callable[[int], torch.Tensor], max_rows: int) -> None:
-        """Take the fastest way for each class; `forward(rows)` runs a step of decode rows, capturable."""
-        for size, default in self.ways.items():
-            rows = min(size or _MANY_TIMED, max_rows)
-            if _row_class(rows) != size:
-                continue  # no step of decode rows is in this class
-            seconds = {}
-            for few in (True, False) if default.few else (False,):
-                for pdl in {self._has_pdl, False}:
-                    way = self.ways[size] = Way(few, pdl)
-                    seconds[way] = time_graph(lambda rows=rows: forward(rows))  # type: ignore[misc]
-            self.ways[size] = min(seconds, key=seconds.__getitem__)
+        """Take the fastest way for each class; `forward(rows)` runs a step of decode rows, capturable.
+
+        What was measured for such a model before is read from disk.
+        """
+        timed = {size: min(size or _MANY_TIMED, max_rows) for size in self.ways}
+        timed = {size: rows for size, rows in timed.items() if _row_class(rows) == size}  # the others have no steps
+        path, keys = (
+            cache_path("decoder", self._head.weight.device),
+            {s: f"{self._name}, {timed[s]} rows" for s in timed},
+        )
+        known = read_choices(path)
+        is_known = all(key in known for key in keys.values())
+        if self._ranks is not None:
+            is_known = bool(self._ranks.least(is_known))  # timing is done by all of them or by none
+        for size, rows in timed.items():
+            if not is_known:
+                known[keys[size]] = asdict(self._fastest(forward, size, rows))
+            self.ways[size] = Way(**known[keys[size]])
+        if not is_known:
+            write_choices(path, known)
+
+    def _fastest(self, forward: Callable[[int], torch.Tensor], size: int, rows: int) -> Way:
+        seconds = {}
+        for few in (True, False) if self.ways[size].few else (False,):
+            for pdl in {self._has_pdl, False}:
+                way = self.ways[size] = Way(few, pdl)
+                seconds[way] = time_graph(lambda: forward(rows))
+        return min(seconds, key=seconds.__getitem__)
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`.
@@ -233,6 +252,12 @@ class FusedDecoder:
             gate_up, out, width=width, block=_GATE_BLOCK, pdl=self._pdl, num_warps=4, launch_pdl=self._pdl
         )
         return out
+
+
+def _name(linears: list[Linear], layers: list[PagedLayer]) -> str:
+    """What the time of a step depends on."""
+    shapes = ", ".join(dict.fromkeys(f"{linear.n}x{linear.k}" for linear in linears))
+    return f"{len(layers)} layers, {shapes}, {layers[0].spec.q_heads} on {layers[0].spec.kv_heads} heads"
 
 
 def _row_class(tokens: int) -> int:

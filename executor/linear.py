@@ -1,18 +1,15 @@
 """Linear layers over few rows on CUDA: which tile of `linear_kernel` each shape takes, and its launch.
 
-Owns the scratch that all launches share, and the table of the fastest tiles, measured once for a GPU and kept on disk.
+Owns the scratch that all launches share, and the table of the fastest tiles, measured once for a GPU.
 Called by `executor.decoder` on the compute stream.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -20,6 +17,7 @@ import triton
 from triton import AsyncCompileMode
 
 from executor.linear_kernels import linear_kernel
+from executor.measured import cache_path, read_choices, write_choices
 
 _CUDA: Final[Any] = torch.cuda  # untyped in part
 
@@ -247,21 +245,22 @@ class SkinnyLinears:
 
         `linears` are all those of the model: going round them keeps weights out of the L2 cache, as in a step.
         """
-        path = _cache_path(linears[0].weight.device)
-        known = _read(path)
+        path = cache_path("linear", linears[0].weight.device)
+        known = read_choices(path)
         missing = []
         for shape in self._tiles:
-            if (tile := known.get(shape.key)) in candidates(shape):
-                assert tile is not None, "a candidate"
-                self._tiles[shape] = tile
-            else:
+            tile = next((tile for tile in candidates(shape) if asdict(tile) == known.get(shape.key)), None)
+            if tile is None:
                 missing.append(shape)
+            else:
+                self._tiles[shape] = tile
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shape in progress(missing):
                 alike = [m for m in linears if (m.n, m.k, m.gated) == (shape.n, shape.k, shape.gated)]
-                self._tiles[shape] = known[shape.key] = self._fastest(shape, alike, pool)
+                self._tiles[shape] = tile = self._fastest(shape, alike, pool)
+                known[shape.key] = asdict(tile)
         if missing:
-            _write(path, known)
+            write_choices(path, known)
 
     def _fastest(self, shape: Shape, linears: Sequence[Linear], pool: ThreadPoolExecutor) -> Tile:
         x = torch.randn(shape.block_m, shape.k, dtype=linears[0].weight.dtype, device=linears[0].weight.device)
@@ -313,27 +312,3 @@ def time_graph(run: Callable[[], Any]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[_ROUNDS // 2]
-
-
-def _cache_path(device: torch.device) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = torch.cuda.get_device_name(device).replace(" ", "-")
-    return root / "tandem-engine" / f"linear-{name}-triton-{triton.__version__}.json"
-
-
-def _read(path: Path) -> dict[str, Tile]:
-    try:
-        return {key: Tile(**fields) for key, fields in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError):
-        return {}  # absent, or of another version: it is measured anew
-
-
-def _write(path: Path, tiles: dict[str, Tile]) -> None:
-    """Replace the file in one step, so that an engine that starts meanwhile reads the old or the new one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({key: asdict(tile) for key, tile in sorted(tiles.items())}, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # a home that cannot be written costs the next start some seconds

@@ -44,6 +44,7 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
 ) -> None:
     from executor import decoder as decoder_module
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path, ARCHITECTURES["llama"][0], ARCHITECTURES["llama"][1] | WIDER)
     with torch.inference_mode():
         decoder = fused_model(tmp_path).decoder
@@ -67,3 +68,7 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
     assert set(ran) == {16, 32, 40}
     assert [decoder.ways[size].few for size in (16, 32, 64)] == [True, False, False]
     assert decoder.ways[0] == default[0]
+    chosen, times = decoder.ways, len(ran)
+    decoder.ways = default.copy()
+    decoder.choose_ways(forward, 40)
+    assert (decoder.ways, len(ran)) == (chosen, times), "the second start reads what the first one measured"
