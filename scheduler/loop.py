@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 import zmq
 
 from ipc.auth import Gatekeeper
@@ -61,11 +60,11 @@ from ipc.sockets import bind_router
 from ipc.trace import Act, Track, open_trace
 from scheduler.grammar import GrammarWorker
 from scheduler.invariants import take_invariants
-from scheduler.outbox import MAX_BACKLOG_ROWS
-from scheduler.peers import Peer, PeerTable
+from scheduler.mail import Mail
+from scheduler.peers import Peer
 from scheduler.planner import make_plan
 from scheduler.request import Request, State
-from scheduler.retire import Delivery, retire
+from scheduler.retire import retire
 from scheduler.state import SchedulerState
 from scheduler.stats_line import StatsLine
 from scheduler.wire import Wire
@@ -73,7 +72,6 @@ from scheduler.wire import Wire
 log = logging.getLogger(__name__)
 
 MESSAGE_HELPING_NS: Final = 200_000  # time for messages between two looks at the result bell
-MAX_NOTICES: Final = 10_000  # that wait for a frontend which sends and does not read
 MAX_BLOCKS: Final = 1 << 24  # of a KV cache: more than any device holds
 REJOIN_NS: Final = 3_000_000_000  # a scheduler that replaces another one is not drained before: frontends come back
 
@@ -84,20 +82,19 @@ class Loop:
     def __init__(self, config: EngineConfig, channels: SchedulerChannels) -> None:
         self.config = config
         self.state = SchedulerState(config)
-        self.peers = PeerTable()
         self.launcher: bytes | None = None
         self.wire = Wire(config, channels)
         self.state.seq = self.wire.plans.head
         self.fault = read_fault("scheduler", channels.life)
         self.rejoined_ns = now_ns() + (REJOIN_NS if channels.life else 0)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self.frontends = bind_router(context, channels.frontend)
+        self.mail = Mail(self.state, bind_router(context, channels.frontend))
         self.control = bind_router(context, channels.control)
         self.gatekeeper: Gatekeeper | None = None
         self.tcp_endpoint = ""
         if config.frontend_endpoint:
             self.gatekeeper = Gatekeeper(context, Path(config.auth_keys))
-            self.tcp_endpoint = self.gatekeeper.bind(self.frontends, config.frontend_endpoint)
+            self.tcp_endpoint = self.gatekeeper.bind(self.mail.socket, config.frontend_endpoint)
         self.grammar_bell = Doorbell.create()
         self.grammars = GrammarWorker(config.card, self.grammar_bell)
         self.stop_bell = Doorbell.create()
@@ -115,7 +112,7 @@ class Loop:
             self.wire.result_bell.fd,
             self.grammar_bell.fd,
             self.stop_bell.fd,
-            self.frontends,
+            self.mail.socket,
             self.control,
         ):
             self.poller.register(waitable, zmq.POLLIN)
@@ -154,7 +151,7 @@ class Loop:
     def _take_result(self, result: Result) -> None:
         start = now_ns()
         if result.epoch == self.state.epoch:
-            self._sort_out(retire(self.state, result), result)
+            self.mail.sort_out(retire(self.state, result), result)
             self.last_result_ns = start
             self.fault.strike(self.state.counters.steps)
         elif not 0 <= result.epoch < self.state.epoch:
@@ -203,106 +200,20 @@ class Loop:
 
     def _fail_grammar(self, request: Request, error: GrammarError) -> None:
         self.state.finish(request)
-        peer = self.peers.get(request.peer)
+        peer = self.mail.peers.get(request.peer)
         assert peer is not None, f"a request of frontend {request.peer} outlived it"
         if request.started_ns:  # tokens may still be on their way: the end comes after them
             self.state.counters.requests_finished["invalid_grammar"] += 1
             peer.outbox.add_end([request.request_id], FinishReason.INVALID_GRAMMAR)
         else:
             self.state.counters.requests_rejected += 1
-            self._notify(peer, Rejected(request.request_id, error.code, error.message))
-
-    # -- to frontends
-
-    def _sort_out(self, delivery: Delivery, result: Result) -> None:
-        """Put each row of a delivery into its frontend's outbox."""
-        for index in np.unique(delivery.peer).tolist():
-            peer = self.peers.get(index)
-            assert peer is not None, f"a request of frontend {index} outlived it"
-            peer.outbox.add(delivery, result, np.flatnonzero(delivery.peer == index))
-        for index in np.unique(delivery.score_peer).tolist() if len(delivery.score_peer) else ():
-            peer = self.peers.get(index)
-            assert peer is not None, f"a scored request of frontend {index} outlived it"
-            peer.outbox.add_scores(delivery, result, np.flatnonzero(delivery.score_peer == index))
+            self.mail.notify(peer, Rejected(request.request_id, error.code, error.message))
 
     def deliver(self) -> None:
-        """Send each frontend one frame with all it is owed; what does not fit its socket waits and coalesces."""
-        for index, request_id, cached in self.state.started:
-            peer = self.peers.get(index)
-            if peer is not None:
-                peer.outbox.started.append((request_id, cached))
-        self.state.started.clear()
-        start, rows = now_ns(), 0
-        for peer in self.peers:
-            if self._flush(peer) and peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
-                rows += peer.outbox.rows
-                peer.sent_tokens += peer.outbox.rows
-                peer.outbox.clear()
-            elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
-                self._give_up(peer)
-        if rows:
+        """Send the frontends what they are owed."""
+        start = now_ns()
+        if rows := self.mail.deliver():
             self._record(Act.DELIVER, start, now_ns(), 0, rows)
-
-    def _send(self, peer: Peer, message: Message) -> bool:
-        """False if the frontend's socket is full. A frontend that is gone loses its requests."""
-        sent = self._send_to(peer.identity, message)
-        if sent is None:
-            self._remove(peer, "its connection is gone")
-        return sent is not False
-
-    def _send_to(self, identity: bytes, message: Message) -> bool | None:
-        """True if sent, False if the peer's socket is full, None if there is no such peer."""
-        try:
-            self.frontends.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return None
-        return True
-
-    def _notify(self, peer: Peer, message: Message) -> None:
-        """What a frontend must learn, since it will not ask again: if its socket is full, later."""
-        peer.notices.append(message)
-        if not self._flush(peer) and len(peer.notices) > MAX_NOTICES:
-            self._remove(peer, f"it left {MAX_NOTICES} notices unread")  # if it lives, it comes back with what is open
-
-    def _flush(self, peer: Peer) -> bool:
-        """Send the notices that wait; False if some still do."""
-        while peer.notices and self._send(peer, peer.notices[0]):
-            peer.notices.popleft()
-        return not peer.notices
-
-    def _reply(self, peer: Peer, message: Message) -> None:
-        """Answer a question; who gets no answer asks again."""
-        if not self._send(peer, message):
-            self.state.counters.dropped_messages += 1
-
-    def _give_up(self, peer: Peer) -> None:
-        """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows."""
-        requests = self.state.requests_of(peer.index)
-        log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
-        peer.outbox.clear()
-        self._end(requests, FinishReason.SLOW_CONSUMER)
-
-    def _end(self, requests: list[Request], reason: FinishReason) -> None:
-        """End open requests here and now, and owe their frontends the reason."""
-        for request in requests:
-            self.state.finish(request)
-            peer = self.peers.get(request.peer)
-            if peer is not None:
-                peer.outbox.add_end([request.request_id], reason)
-        self.state.counters.requests_finished[reason.name.lower()] += len(requests)
-
-    def _remove(self, peer: Peer, reason: str) -> None:
-        requests = self.state.requests_of(peer.index)
-        for request in requests:
-            self.state.finish(request)
-        self.state.counters.requests_finished["aborted"] += len(requests)
-        self.peers.remove(peer)
-        level = logging.INFO if requests else logging.DEBUG
-        log.log(level, "frontend %s left: %s; %d of its requests aborted", peer.name, reason, len(requests))
 
     # -- messages
 
@@ -314,7 +225,7 @@ class Loop:
         deadline = start + MESSAGE_HELPING_NS
         for socket, decode, handle in (
             (self.control, decode_control, self._on_control),
-            (self.frontends, decode_frontend, self._on_frontend),
+            (self.mail.socket, decode_frontend, self._on_frontend),
         ):
             while now_ns() < deadline:
                 try:
@@ -336,9 +247,9 @@ class Loop:
         if isinstance(message, Hello):
             self._welcome(identity, message)
             return
-        peer = self.peers.find(identity)
+        peer = self.mail.peers.find(identity)
         if peer is None:  # it was away for too long, or we are new: it must introduce itself again
-            self._send_to(identity, Rejected(-1, "unavailable", f"{type(message).__name__} before Hello"))
+            self.mail.send_to(identity, Rejected(-1, "unavailable", f"{type(message).__name__} before Hello"))
             return
         peer.last_heard_ns = now_ns()
         match message:
@@ -347,26 +258,26 @@ class Loop:
             case Abort():
                 self._abort(peer, message)
             case Heartbeat():
-                self._reply(peer, self.stats())
+                self.mail.reply(peer, self.stats())
             case GetStats():
-                self._reply(peer, self.stats())
+                self.mail.reply(peer, self.stats())
                 if message.restart_longest:
                     self.state.counters.restart_longest()
             case GetInvariants() if self.config.debug_endpoints:
-                self._reply(peer, take_invariants(self.state, self.peers, self.wire.plans, self.wire.results))
+                self.mail.reply(peer, take_invariants(self.state, self.mail.peers, self.wire.plans, self.wire.results))
             case Goodbye():
-                self._remove(peer, "goodbye")
+                self.mail.remove(peer, "goodbye")
 
     def _welcome(self, identity: bytes, hello: Hello) -> None:
         if hello.version != PROTOCOL_VERSION:
             text = f"protocol version {hello.version}, expected {PROTOCOL_VERSION}"
-            self._send_to(identity, Rejected(-1, "protocol_error", text))
+            self.mail.send_to(identity, Rejected(-1, "protocol_error", text))
             return
-        peer = self.peers.add(identity, hello.name, hello.pid, now_ns())
+        peer = self.mail.peers.add(identity, hello.name, hello.pid, now_ns())
         peer.last_heard_ns = now_ns()
-        self._notify(peer, self._welcome_message())
+        self.mail.notify(peer, self._welcome_message())
         if self.state.draining:
-            self._notify(peer, Draining())
+            self.mail.notify(peer, Draining())
 
     def _welcome_message(self) -> Welcome:
         state = self.state
@@ -384,7 +295,7 @@ class Loop:
             self.state.admit(peer.index, message)
         except TandemError as error:
             self.state.counters.requests_rejected += 1
-            self._notify(peer, Rejected(message.request_id, error.code, error.message, error.param))
+            self.mail.notify(peer, Rejected(message.request_id, error.code, error.message, error.param))
 
     def _abort(self, peer: Peer, message: Abort) -> None:
         for request_id in message.stopped_ids:
@@ -428,10 +339,10 @@ class Loop:
         crashed = self.state.executor_lost()
         for request in crashed:
             log.warning("a request of %d tokens crashed the executor twice; it is given up", len(request.tokens))
-        self._end(crashed, FinishReason.CRASHED)
+        self.mail.end(crashed, FinishReason.CRASHED)
         self.state.seq = self.wire.plans.restart()
-        for peer in self.peers:
-            self._notify(peer, Paused())
+        for peer in self.mail.peers:
+            self.mail.notify(peer, Paused())
 
     def _on_rank(self, hello: ExecutorHello) -> None:
         """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
@@ -450,13 +361,13 @@ class Loop:
         self.wire.ring()  # a scheduler that died may have published a plan without doing so
         self.last_result_ns = now_ns()
         for request in self.state.executor_attached(epoch, num_blocks):
-            peer = self.peers.get(request.peer)
+            peer = self.mail.peers.get(request.peer)
             self.state.finish(request)
             if peer is not None:
                 numbers = f"{request.limit} tokens, the KV cache now holds {self.state.max_seq_len}"
-                self._notify(peer, Rejected(request.request_id, "context_length_exceeded", numbers))
-        for peer in self.peers:
-            self._notify(peer, self._welcome_message())
+                self.mail.notify(peer, Rejected(request.request_id, "context_length_exceeded", numbers))
+        for peer in self.mail.peers:
+            self.mail.notify(peer, self._welcome_message())
         self._announce()
 
     def _announce(self) -> None:
@@ -477,10 +388,10 @@ class Loop:
         state = self.state
         if not state.draining:
             state.draining = True
-            for peer in self.peers:
-                self._notify(peer, Draining())
+            for peer in self.mail.peers:
+                self.mail.notify(peer, Draining())
         if abort:
-            self._end(list(state.requests.values()), FinishReason.ABORTED)
+            self.mail.end(list(state.requests.values()), FinishReason.ABORTED)
         self.owes_drained = True
 
     # -- once in a while
@@ -494,9 +405,9 @@ class Loop:
         if now < self.next_check_ns:
             return
         self.next_check_ns = now + int(HEARTBEAT_S * 1e9)
-        for peer in self.peers:
+        for peer in self.mail.peers:
             if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
-                self._remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
+                self.mail.remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
                 self._tell_launcher(FrontendStuck(peer.pid))
         self._tell_launcher(Alive())
         if self.accusation is not None:
@@ -512,7 +423,7 @@ class Loop:
 
     def _is_owed_to_frontends(self) -> bool:
         """Rows wait to be sent, or frontends of the scheduler before this one may still bring requests."""
-        return now_ns() < self.rejoined_ns or any(peer.outbox or peer.notices for peer in self.peers)
+        return now_ns() < self.rejoined_ns or self.mail.waits
 
     def _step_age_ns(self) -> int:
         waits = self.state.inflight or (self.state.attached and self.state.has_work and not self._can_plan)
@@ -529,10 +440,10 @@ class Loop:
             blocks_total=state.pool.capacity,
             blocks_free=state.pool.num_free,
             step_age_ns=self._step_age_ns(),
-            frontends=len(self.peers),
+            frontends=len(self.mail.peers),
             draining=state.draining,
             histograms=state.histograms.pack(),
             queued_tokens=state.queue.num_tokens,
-            peers=self.peers.stats(owner for owner, _ in state.requests),
+            peers=self.mail.peers.stats(owner for owner, _ in state.requests),
             **{name: getattr(counters, name) for name in counters.__slots__},
         )

@@ -48,7 +48,7 @@ from ipc.schema import (
     pack_tokens,
 )
 from ipc.sockets import connect_dealer, new_identity
-from scheduler import loop as loop_module
+from scheduler import mail as mail_module
 from scheduler.loop import Loop
 from tests.scheduler.pipeline import tiny_config
 
@@ -168,7 +168,7 @@ class Bench:
                 self.damage = None
 
     def close(self) -> None:
-        self.loop.frontends.close()
+        self.loop.mail.socket.close()
         self.loop.control.close()
 
 
@@ -280,7 +280,7 @@ def test_a_frontend_that_leaves_or_falls_silent_takes_its_requests_along(bench: 
         assert peer.stats().dropped_messages == 0  # what it sent before has arrived
     assert sum((staying.stats().running, staying.stats().waiting)) == 3
     leaving.send(Goodbye())
-    bench.loop.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
+    bench.loop.mail.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
     bench.loop.next_check_ns = 0
     for _ in range(LIMIT_MS):
         if (stats := staying.stats()).frontends == 1:
@@ -291,9 +291,9 @@ def test_a_frontend_that_leaves_or_falls_silent_takes_its_requests_along(bench: 
 
 
 def test_a_slow_consumer_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "MAX_BACKLOG_ROWS", 20)
+    monkeypatch.setattr(mail_module, "MAX_BACKLOG_ROWS", 20)
     slow, quick = bench.frontend_peer(), bench.frontend_peer()
-    monkeypatch.setattr(bench.loop, "_send_to", _full_for(bench, slow.socket.getsockopt(zmq.IDENTITY)))
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for(bench, slow.socket.getsockopt(zmq.IDENTITY)))
     slow.send(admit(1, max_tokens=40))
     quick.send(admit(1, max_tokens=40))
     assert receive_rows(quick, 40)[-1][2] == FinishReason.LENGTH
@@ -303,13 +303,13 @@ def test_a_slow_consumer_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPat
 
 
 def _full_for(bench: Bench, identity: bytes) -> Any:
-    send = bench.loop._send_to
+    send = bench.loop.mail.send_to
     return lambda to, message: False if to == identity and isinstance(message, Tokens) else send(to, message)
 
 
 def test_a_lagging_frontend_gets_its_rows_in_one_frame(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     lagging, other = bench.frontend_peer(), bench.frontend_peer()
-    monkeypatch.setattr(bench.loop, "_send_to", _full_for(bench, lagging.socket.getsockopt(zmq.IDENTITY)))
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for(bench, lagging.socket.getsockopt(zmq.IDENTITY)))
     lagging.send(admit(1, max_tokens=10))
     other.send(admit(1, max_tokens=30))
     receive_rows(other, 30)
@@ -320,14 +320,14 @@ def test_a_lagging_frontend_gets_its_rows_in_one_frame(bench: Bench, monkeypatch
 
 
 def _full_for_all(bench: Bench, full: bytes) -> Any:
-    send = bench.loop._send_to
+    send = bench.loop.mail.send_to
     return lambda to, message: False if to == full else send(to, message)
 
 
 def test_a_frontend_that_lags_misses_no_notice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal that is lost would be a request that waits for ever."""
     lagging, other = bench.frontend_peer(), bench.frontend_peer()
-    monkeypatch.setattr(bench.loop, "_send_to", _full_for_all(bench, lagging.socket.getsockopt(zmq.IDENTITY)))
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for_all(bench, lagging.socket.getsockopt(zmq.IDENTITY)))
     lagging.send(admit(1, max_tokens=100), admit(2))
     bench.replace_executor(epoch=2)
     other.send(admit(1))
@@ -341,9 +341,9 @@ def test_a_frontend_that_lags_misses_no_notice(bench: Bench, monkeypatch: pytest
 
 
 def test_a_frontend_that_sends_and_does_not_read_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "MAX_NOTICES", 5)
+    monkeypatch.setattr(mail_module, "MAX_NOTICES", 5)
     flooding, other = bench.frontend_peer(), bench.frontend_peer()
-    monkeypatch.setattr(bench.loop, "_send_to", _full_for_all(bench, flooding.socket.getsockopt(zmq.IDENTITY)))
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for_all(bench, flooding.socket.getsockopt(zmq.IDENTITY)))
     flooding.send(*(admit(i, max_tokens=100) for i in range(6)))
     for _ in range(LIMIT_MS):
         if other.stats().frontends == 1:
@@ -449,18 +449,18 @@ def test_a_dead_frontend_gives_its_blocks_back_within_two_steps(bench: Bench) ->
         bench.turn()
     identity = dead.socket.getsockopt(zmq.IDENTITY)
     dead.socket.close(0)
-    while bench.loop._send_to(identity, Draining()) is not None:  # ZMQ's own thread takes note of it
+    while bench.loop.mail.send_to(identity, Draining()) is not None:  # ZMQ's own thread takes note of it
         time.sleep(0.001)
     steps = bench.loop.state.counters.steps
     while len(bench.loop.state.slots.running) == 2:
         bench.turn()
     assert bench.loop.state.counters.steps - steps <= 2
-    assert len(bench.loop.peers) == 1
+    assert len(bench.loop.mail.peers) == 1
 
 
 def test_a_silent_frontend_is_reported_to_the_launcher(bench: Bench) -> None:
     silent = bench.frontend_peer()
-    bench.loop.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
+    bench.loop.mail.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
     bench.loop.next_check_ns = 0
     assert bench.launcher.receive(FrontendStuck).pid == 3
 

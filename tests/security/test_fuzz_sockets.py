@@ -69,13 +69,13 @@ def is_unharmed(bench: Bench) -> None:
     peer = bench.frontend_peer()
     peer.send(admit(1))
     assert receive_rows(peer, 3)[-1] == (1, 5, LENGTH)
-    for other in bench.loop.peers:
+    for other in bench.loop.mail.peers:
         if other.identity != peer.socket.getsockopt(zmq.IDENTITY):
-            bench.loop._remove(other, "the test is over")
+            bench.loop.mail.remove(other, "the test is over")
     stats = peer.stats()
     assert (stats.running, stats.waiting, stats.blocks_free) == (0, 0, stats.blocks_total)
     bench.loop.state.check()
-    bench.loop._remove(next(iter(bench.loop.peers)), "the test is over")
+    bench.loop.mail.remove(next(iter(bench.loop.mail.peers)), "the test is over")
     peer.socket.close()
 
 

@@ -1,0 +1,130 @@
+"""What leaves the scheduler for its frontends: tokens, refusals, news; and what becomes of one that does not read.
+
+Owned by the loop. Sends never block. What does not fit a frontend's socket waits, in bounds; beyond them its requests
+fail, or it is removed. Must never wait for anyone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import numpy as np
+import zmq
+
+from ipc.frames import Result
+from ipc.schema import FinishReason, Message, encode
+from scheduler.outbox import MAX_BACKLOG_ROWS
+from scheduler.peers import Peer, PeerTable
+from scheduler.request import Request
+from scheduler.retire import Delivery
+from scheduler.state import SchedulerState
+
+log = logging.getLogger(__name__)
+
+MAX_NOTICES: Final = 10_000  # that wait for a frontend which sends and does not read
+
+
+class Mail:
+    """The frontends and their socket, a ROUTER. A frontend that is found gone takes its requests along."""
+
+    def __init__(self, state: SchedulerState, socket: zmq.Socket[bytes]) -> None:
+        self.state, self.socket = state, socket
+        self.peers = PeerTable()
+
+    @property
+    def waits(self) -> bool:
+        """Something was not sent yet."""
+        return any(peer.outbox or peer.notices for peer in self.peers)
+
+    def sort_out(self, delivery: Delivery, result: Result) -> None:
+        """Put each row of a delivery into its frontend's outbox."""
+        for index in np.unique(delivery.peer).tolist():
+            peer = self.peers.get(index)
+            assert peer is not None, f"a request of frontend {index} outlived it"
+            peer.outbox.add(delivery, result, np.flatnonzero(delivery.peer == index))
+        for index in np.unique(delivery.score_peer).tolist() if len(delivery.score_peer) else ():
+            peer = self.peers.get(index)
+            assert peer is not None, f"a scored request of frontend {index} outlived it"
+            peer.outbox.add_scores(delivery, result, np.flatnonzero(delivery.score_peer == index))
+
+    def deliver(self) -> int:
+        """Send each frontend one frame with all it is owed; what does not fit its socket waits and coalesces.
+
+        Returns the rows sent.
+        """
+        for index, request_id, cached in self.state.started:
+            peer = self.peers.get(index)
+            if peer is not None:
+                peer.outbox.started.append((request_id, cached))
+        self.state.started.clear()
+        rows = 0
+        for peer in self.peers:
+            if self._flush(peer) and peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
+                rows += peer.outbox.rows
+                peer.outbox.clear()
+            elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
+                self._give_up(peer)
+        return rows
+
+    def notify(self, peer: Peer, message: Message) -> None:
+        """What a frontend must learn, since it will not ask again: if its socket is full, later."""
+        peer.notices.append(message)
+        if not self._flush(peer) and len(peer.notices) > MAX_NOTICES:
+            self.remove(peer, f"it left {MAX_NOTICES} notices unread")  # if it lives, it comes back with what is open
+
+    def reply(self, peer: Peer, message: Message) -> None:
+        """Answer a question; who gets no answer asks again."""
+        if not self._send(peer, message):
+            self.state.counters.dropped_messages += 1
+
+    def end(self, requests: list[Request], reason: FinishReason) -> None:
+        """End open requests here and now, and owe their frontends the reason."""
+        for request in requests:
+            self.state.finish(request)
+            peer = self.peers.get(request.peer)
+            if peer is not None:
+                peer.outbox.add_end([request.request_id], reason)
+        self.state.counters.requests_finished[reason.name.lower()] += len(requests)
+
+    def remove(self, peer: Peer, reason: str) -> None:
+        """Forget a frontend, and abort its requests."""
+        requests = self.state.requests_of(peer.index)
+        for request in requests:
+            self.state.finish(request)
+        self.state.counters.requests_finished["aborted"] += len(requests)
+        self.peers.remove(peer)
+        level = logging.INFO if requests else logging.DEBUG
+        log.log(level, "frontend %s left: %s; %d of its requests aborted", peer.name, reason, len(requests))
+
+    def send_to(self, identity: bytes, message: Message) -> bool | None:
+        """True if sent, False if the peer's socket is full, None if there is no such peer."""
+        try:
+            self.socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return None
+        return True
+
+    def _send(self, peer: Peer, message: Message) -> bool:
+        """False if the frontend's socket is full. A frontend that is gone loses its requests."""
+        sent = self.send_to(peer.identity, message)
+        if sent is None:
+            self.remove(peer, "its connection is gone")
+        return sent is not False
+
+    def _flush(self, peer: Peer) -> bool:
+        """Send the notices that wait; False if some still do."""
+        while peer.notices and self._send(peer, peer.notices[0]):
+            peer.notices.popleft()
+        return not peer.notices
+
+    def _give_up(self, peer: Peer) -> None:
+        """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows."""
+        requests = self.state.requests_of(peer.index)
+        log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
+        peer.outbox.clear()
+        self.end(requests, FinishReason.SLOW_CONSUMER)
