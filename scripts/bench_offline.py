@@ -173,8 +173,8 @@ def summarize(
 
 HEADER = (
     f"{'workload':14} {'rows':8} {'depth':>5} {'tp':>3} {'dp':>3} {'tok/s':>8} {'wall s':>8} {'limit %':>7} "
-    f"{'steps':>6} {'step ms':>8} {'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} {'sum ms':>8} "
-    f"{'longest us':>10} {'plan us':>7} {'retire us':>9} {'launch us':>9} {'comp':>5}"
+    f"{'steps':>6} {'step ms':>8} {'device ms':>9} {'over %':>7} {'busy %':>7} {'hidden %':>8} {'bubbles':>8} "
+    f"{'sum ms':>8} {'longest us':>10} {'plan us':>7} {'retire us':>9} {'launch us':>9} {'comp':>5}"
 )
 
 
