@@ -32,6 +32,8 @@ WINDOW_S: Final = 30.0
 MAX_FRONTENDS: Final = 8  # rows
 HISTORY: Final = 60  # values of the curve
 _ANCHOR: Final = ":num_requests_running"  # the metric that every engine of this family has, after its prefix
+_SHARES: Final = {"kv_cache_usage_perc"}  # over replicas: the mean
+_MOST: Final = {"frontends", "executor_epoch", "longest_step_seconds", "device_longest_bubble_seconds"}  # the most
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _TIMEOUT_S: Final = 5.0
 _LATENCIES: Final = (
@@ -48,8 +50,8 @@ class NoMetricsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One answer of /metrics. Values are summed over labels, but for histogram buckets (family -> (edge, count)) and
-    for what is told of each frontend.
+    """One answer of /metrics. Values are summed over labels, but for those that have no sum over replicas, histogram
+    buckets (family -> (edge, count)), and what is told of each frontend and each replica.
     """
 
     at_s: float
@@ -57,6 +59,7 @@ class Scrape:
     values: dict[str, float]
     buckets: dict[str, list[tuple[float, float]]]
     frontends: dict[str, dict[str, float]]  # name and pid -> what is told of it, over all replicas
+    replicas: dict[str, dict[str, float]]  # number -> what is told of it
 
     def get(self, name: str) -> float:
         return self.values.get(name, 0.0)
@@ -69,7 +72,7 @@ def parse(text: str, at_s: float) -> Scrape:
     if anchor is None:
         raise NoMetricsError(f"no metric ends in {_ANCHOR}: this is not an engine")
     prefix = anchor.name.removesuffix(_ANCHOR[1:])
-    values: dict[str, float] = {}
+    replicas: dict[str, dict[str, float]] = {}
     buckets: dict[str, dict[float, float]] = {}
     frontends: dict[str, dict[str, float]] = {}
     for sample in samples:
@@ -82,10 +85,23 @@ def parse(text: str, at_s: float) -> Scrape:
             told = frontends.setdefault(sample.labels["frontend"], {})
             told[name] = told.get(name, 0.0) + sample.value
         else:
-            values[name] = values.get(name, 0.0) + sample.value
+            told = replicas.setdefault(sample.labels.get("engine", ""), {})
+            told[name] = told.get(name, 0.0) + sample.value
     model = anchor.labels.get("model_name", "?")
     sorted_buckets = {name: sorted(edges.items()) for name, edges in buckets.items()}
-    return Scrape(at_s, model, values, sorted_buckets, frontends)
+    return Scrape(at_s, model, _total(list(replicas.values())), sorted_buckets, frontends, replicas)
+
+
+def _total(replicas: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What is told of replicas, as of one engine."""
+    values: dict[str, list[float]] = {}
+    for told in replicas:
+        for name, value in told.items():
+            values.setdefault(name, []).append(value)
+    return {
+        name: max(found) if name in _MOST else sum(found) / (len(found) if name in _SHARES else 1)
+        for name, found in values.items()
+    }
 
 
 def scrape(url: str) -> Scrape:
@@ -269,6 +285,25 @@ def _frontends(history: History) -> Table:
     return table
 
 
+def _replicas(history: History) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="bright_black")
+    table.add_column("replica", style="bright_black", no_wrap=True)
+    for name in ("running", "waiting", "KV cache", "executor life"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = sorted(history.last.replicas.items(), key=lambda row: (len(row[0]), row[0]))
+    for number, told in rows[:MAX_FRONTENDS]:
+        table.add_row(
+            number,
+            f"{told.get('num_requests_running', 0):,.0f}",
+            f"{told.get('num_requests_waiting', 0):,.0f}",
+            _percent(told.get("kv_cache_usage_perc")),
+            f"{told.get('executor_epoch', 0) + 1:.0f}",
+        )
+    if len(rows) > MAX_FRONTENDS:
+        table.add_row(f"and {len(rows) - MAX_FRONTENDS} more")
+    return table
+
+
 def frame(history: History, url: str) -> RenderableType:
     """The whole picture."""
     last = history.last
@@ -276,6 +311,7 @@ def frame(history: History, url: str) -> RenderableType:
         (last.model, "bold"),
         ("  " + url, "bright_black"),
         (f"  frontends and clients {int(last.get('frontends'))}", "bright_black"),
+        (f"  replicas {len(last.replicas)}", "bright_black"),
         (f"  executor life {int(last.get('executor_epoch')) + 1}", "bright_black"),
     )
     body = Table.grid(expand=True, padding=(0, 1))
@@ -291,7 +327,8 @@ def frame(history: History, url: str) -> RenderableType:
         Panel(_latencies(history), title=f"latency, last {WINDOW_S:.0f} s"),
         Panel(_frontends(history), title="frontends and clients"),
     )
-    return Group(head, body, below, curve)
+    several = [Panel(_replicas(history), title="replicas")] if len(last.replicas) > 1 else []
+    return Group(head, body, below, *several, curve)
 
 
 def metrics_url(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 
@@ -83,3 +84,28 @@ def test_what_is_no_engine_is_said_in_one_line(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("given", ["host:80", "http://host:80/v1", "http://host:80/v1/", "http://host:80/metrics"])
 def test_the_url_may_be_given_in_any_form(given: str) -> None:
     assert metrics_url(given) == "http://host:80/metrics"
+
+
+def test_replicas_add_up_but_for_what_has_no_sum_and_are_shown_one_by_one() -> None:
+    told = {
+        "num_requests_running": (3, 4),
+        "kv_cache_usage_perc": (0.2, 0.6),
+        "frontends": (2, 2),
+        "steps_total": (5, 6),
+    }
+    lines = [f'e:{name}{{engine="{i}"}} {value}' for name, pair in told.items() for i, value in enumerate(pair)]
+    scrape = parse("\n".join(lines) + "\n", 1.0)
+    assert scrape.values == {
+        "num_requests_running": 7,
+        "kv_cache_usage_perc": pytest.approx(0.4),
+        "frontends": 2,
+        "steps_total": 11,
+    }
+    history = History()
+    history.add(scrape)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(frame(history, "url"))
+    text = console.export_text()
+    assert "replicas 2" in text
+    assert re.search(r"0 +3 +0 +20.0 % +1", text)
+    assert re.search(r"1 +4 +0 +60.0 % +1", text)
