@@ -1,4 +1,4 @@
-"""One connection to a scheduler: the DEALER, the handshake, heartbeats, and the table of open sequences.
+"""One connection to a scheduler: the handshake, heartbeats, and the table of open sequences.
 
 Owned by a client's Replicas and used from its event loop only. Tokens go from the frame into the sequence they belong
 to. Must never decode text, and never block: a send that would is an UnavailableError. The other end may turn out to be
@@ -22,9 +22,9 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from frontend.inflight import Flight, LogprobRow, column, finish_reason, logprob_rows
+from frontend.link import Link
 from ipc.auth import ClientKeys, check_endpoint
 from ipc.clock import now_ns
 from ipc.errors import (
@@ -59,12 +59,10 @@ from ipc.schema import (
     decode_scheduler,
     encode,
 )
-from ipc.sockets import connect_dealer, new_identity
 
 AnswerT = TypeVar("AnswerT", Stats, Invariants)
 _log: Final = logging.getLogger(__name__)
 
-_MESSAGES_PER_TURN: Final = 64  # then other callbacks of the loop run
 _GOODBYE_MS: Final = 200  # how long closing waits for the last message to leave
 _RETRY_S: Final = 0.01  # until a full socket is tried again
 _RUNNING: Final = int(FinishReason.RUNNING)
@@ -95,7 +93,6 @@ class Session:
         """`context`: shared with others and ended by its owner; None: one of its own."""
         check_endpoint(endpoint, keys)
         self.endpoint: Final = endpoint
-        self._keys = keys
         self.name: Final = name
         self.welcome: Welcome | None = None  # the last one
         self.last_stats: Stats | None = None
@@ -125,9 +122,7 @@ class Session:
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._socket: zmq.Socket[bytes] | None = None
-        self._monitor: zmq.Socket[bytes] | None = None  # tells when the socket's peer is gone
-        self._drain_due = False
+        self._link = Link(endpoint, keys, self._receive, lambda: self._reconnect("closed the connection"))
         self._flush_due = False
         self._beats: asyncio.Task[None] | None = None
 
@@ -173,7 +168,7 @@ class Session:
         """Connect, without waiting for an answer."""
         self._loop = asyncio.get_running_loop()
         self._context = self._shared_context or zmq.Context()
-        self._open_socket()
+        self._connect()
         self._beats = self._loop.create_task(self._beat(), name=f"heartbeat {self.name}")
 
     async def close(self, error: TandemError | None = None) -> None:
@@ -187,7 +182,7 @@ class Session:
         self._fail_all(error)
         self._fail_waiters(error)
         self._offer(Goodbye())
-        self._close_socket(_GOODBYE_MS)
+        self._link.close(_GOODBYE_MS)
         self.connected = False
         if context is not self._shared_context:
             # Waits until the Goodbye has left, at most _GOODBYE_MS.
@@ -234,7 +229,7 @@ class Session:
         for flight in flights:
             if self._flights.pop(flight.request_id, None) is not None:
                 (self._stops if stopped else self._aborts).append(flight.request_id)
-        if (self._aborts or self._stops) and not self._flush_due and self._socket is not None:
+        if (self._aborts or self._stops) and not self._flush_due and self._link.is_open:
             self._flush_due = True
             self._loop.call_soon(self._flush)
 
@@ -260,70 +255,26 @@ class Session:
         finally:
             waiters.remove(waiter)
 
-    def _open_socket(self) -> None:
-        assert self._context is not None, "opened after close"
-        self._socket = connect_dealer(self._context, self.endpoint, new_identity(), self._keys)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._loop.add_reader(self._socket.fileno(), self._drain)
-        self._loop.add_reader(self._monitor.fileno(), self._watch)
-        self._monitor.poll(0)  # ZMQ signals a descriptor only to one who has seen its socket empty
+    def _connect(self) -> None:
+        assert self._context is not None, "connected after close"
+        self._link.open(self._context)
         self._silent_beats = 0
         self._refusal = None
         self._offer(Hello(PROTOCOL_VERSION, "frontend", self.name, os.getpid()))
 
-    def _close_socket(self, linger_ms: int) -> None:
-        socket, self._socket = self._socket, None
-        if socket is not None:
-            assert self._monitor is not None, "every socket has its monitor"
-            self._loop.remove_reader(self._monitor.fileno())
-            self._loop.remove_reader(socket.fileno())
-            socket.disable_monitor()
-            self._monitor.close(linger=0)
-            socket.close(linger=linger_ms)
-
-    def _watch(self) -> None:
-        """The socket's peer has gone; ZMQ would connect again, to one that does not know us."""
-        while self._monitor is not None and not self._monitor.closed and self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            self._reconnect("closed the connection")
-
     def _offer(self, message: FrontendMessage) -> bool:
         """Send without blocking; False if the queue is full."""
-        if self._socket is None:
-            return False
-        try:
-            self._socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        finally:
-            # ZMQ signals its descriptor once per change, and a send may have consumed the signal of a message.
-            if not self._drain_due:
-                self._drain_due = True
-                self._loop.call_soon(self._drain)
-        return True
-
-    def _drain(self) -> None:
-        self._drain_due = False
-        for _ in range(_MESSAGES_PER_TURN):
-            if self._socket is None:
-                return
-            try:
-                payload = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                self._receive(payload)
-            except Exception as error:  # tokens may be lost, so no stream may go on as if none were
-                _log.exception("lost step with the scheduler at %s", self.endpoint)
-                self._fail_all(error if isinstance(error, TandemError) else TandemError("internal error"))
-                self._reconnect("sent what cannot be used")
-        self._drain_due = True
-        self._loop.call_soon(self._drain)
+        return self._link.offer(encode(message))
 
     def _receive(self, payload: bytes) -> None:
         self._silent_beats = 0
-        message = decode_scheduler(payload)
-        self._HANDLERS[type(message)](self, message)
+        try:
+            message = decode_scheduler(payload)
+            self._HANDLERS[type(message)](self, message)
+        except Exception as error:  # tokens may be lost, so no stream may go on as if none were
+            _log.exception("lost step with the scheduler at %s", self.endpoint)
+            self._fail_all(error if isinstance(error, TandemError) else TandemError("internal error"))
+            self._reconnect("sent what cannot be used")
 
     def _on_tokens(self, frame: Tokens) -> None:
         self._frames += 1
@@ -493,8 +444,8 @@ class Session:
         self._aborts, self._stops = [], []
         self._replays.clear()
         self._fail_waiters(UnavailableError(f"the scheduler at {self.endpoint} {why}"))
-        self._close_socket(0)
-        self._open_socket()
+        self._link.close()
+        self._connect()
         self._notify()
 
     def _fail_all(self, error: TandemError) -> None:
