@@ -137,8 +137,8 @@ def decode_body(body: bytes, kind: type[BodyT]) -> BodyT:
         raise InvalidParameterError(str(error), param=found and found[1]) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}") from error
-    if _log.isEnabledFor(logging.DEBUG):
-        unknown = msgspec.json.decode(body).keys() - set(kind.__struct_fields__)
+    known = set(kind.__struct_fields__)
+    if _log.isEnabledFor(logging.DEBUG) and (unknown := msgspec.json.decode(body).keys() - known):
         _log.debug("ignored fields: %s", sorted(unknown))
     return request
 

@@ -30,7 +30,8 @@ from frontend.api_keys import ApiKeyGuard
 from frontend.client import AsyncClient
 from frontend.digests import collect_digests
 from frontend.http_protocol import LimitedHttp
-from frontend.server import Service, make_app
+from frontend.server import make_app
+from frontend.service import Service
 from frontend.tokenizer import Tokenizer
 from ipc.auth import has_client_keys
 from ipc.clock import now_ns

@@ -59,9 +59,10 @@ RULES: dict[str, tuple[StructuredOutputs, str]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["depth 2", "depth 3"])
+@pytest.fixture(scope="module", params=[(2, 1), (3, 3)], ids=["depth 2", "depth 3, three frontends"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with running_engine(*FLAGS, "--pipeline-depth", str(request.param)) as engine:
+    depth, frontends = request.param
+    with running_engine(*FLAGS, "--pipeline-depth", str(depth), "--frontends", str(frontends)) as engine:
         yield engine
 
 

@@ -37,9 +37,10 @@ STOP: dict[str, Any] = {
 NAMED: dict[str, Any] = {"type": "function", "function": {"name": "order"}}
 
 
-@pytest.fixture(scope="module", params=["hermes", "llama3_json"])
+@pytest.fixture(scope="module", params=[("hermes", 1), ("llama3_json", 3)], ids=["hermes", "llama3, three frontends"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with running_engine("--max-num-seqs", "16", "--tool-call-parser", request.param) as engine:
+    parser, frontends = request.param
+    with running_engine("--max-num-seqs", "16", "--tool-call-parser", parser, "--frontends", str(frontends)) as engine:
         yield engine
 
 

@@ -24,9 +24,11 @@ LIMIT_S = 240
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Small, so that the longest answer is short."""
+    """Small, so that the longest answer is short. scripts/clients runs the same against one frontend."""
     folder = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    with running_engine("--fake-executor", "--device", "cpu", "--max-model-len", "64", model=folder) as engine:
+    with running_engine(
+        "--fake-executor", "--device", "cpu", "--max-model-len", "64", "--frontends", "3", model=folder
+    ) as engine:
         yield engine
 
 
