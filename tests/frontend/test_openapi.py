@@ -12,7 +12,8 @@ import pytest
 
 from frontend.client import AsyncClient
 from frontend.openapi import make_document
-from frontend.server import Service, make_app
+from frontend.server import make_app
+from frontend.service import Service
 from ipc.config import HttpConfig
 from tests.e2e.engine import Engine, running_engine
 from tests.frontend.model_folder import tiny_model

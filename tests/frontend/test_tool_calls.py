@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from frontend.client import AsyncClient
-from frontend.server import Service, make_app
+from frontend.server import make_app
+from frontend.service import Service
 from ipc.config import HttpConfig
 from ipc.schema import Admit, Message
 from tests.frontend.scripted_scheduler import RUNNING, STOP, ScriptedScheduler, tokens

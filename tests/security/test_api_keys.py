@@ -12,8 +12,8 @@ from frontend import flags
 from frontend.api_keys import OPEN_PATHS
 from frontend.client import AsyncClient
 from frontend.digests import collect_digests, digest
-from frontend.server import Service as HttpService
 from frontend.server import make_app
+from frontend.service import Service as HttpService
 from ipc.config import HttpConfig
 from ipc.errors import ConfigError
 from tests.security.conftest import ENVIRONMENT_KEY, FILE_KEY, FLAG_KEY, Service
