@@ -47,7 +47,9 @@ def samples(
 ) -> dict[str, list[tuple[dict[str, str], float]]]:
     """Sample name -> labels and values, as a Prometheus server parses them."""
     packed = (histograms or Histograms()).pack()
-    last = stats(requests_finished={"stop": 3, "length": 4}, blocks_total=10, blocks_free=4, histograms=packed)
+    peers = [PeerStats("http", 12, 3, 500, 0)]
+    finished = {"stop": 3, "length": 4}
+    last = stats(requests_finished=finished, blocks_total=10, blocks_free=4, histograms=packed, peers=peers)
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for family in text_string_to_metric_families(exposition(make_registry(prefix, "m", lambda: {0: last})).decode()):
         for sample in family.samples:
