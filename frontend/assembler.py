@@ -63,7 +63,7 @@ class Assembler:
             token_ids=ids[:used],
             finish_reason=finish_reason,
             stop_reason=reason,
-            logprobs=self._logprobs(flight, first, ids[:used]),
+            logprobs=None if flight.logprobs is None else self._logprobs(flight, first, ids[:used]),
             cached_tokens=flight.cached_tokens,
             prompt_logprobs=self._prompt_logprobs(flight) if first == 0 else None,
         )

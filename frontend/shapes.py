@@ -185,13 +185,13 @@ class CompletionShape:
         )
 
     def event(self, index: int, chunk: Chunk) -> bytes:
+        if _is_plain(chunk) and index in self._written and not self._request.return_token_ids:
+            self._written[index] += len(chunk.text)
+            return self._plain.event(index, chunk.text)
         if _says_nothing(chunk, bool(self._request.return_token_ids)) and not (
             self._echoes and index not in self._written
         ):
             return b""
-        if index in self._written and _is_plain(chunk) and not self._request.return_token_ids:
-            self._written[index] += len(chunk.text)
-            return self._plain.event(index, chunk.text)
         usage = None if self._request.include_usage else UNSET
         return sse(Body(**self._head, choices=[self._choice(index, chunk)], usage=usage))
 

@@ -7,8 +7,9 @@ stream    the whole engine with the fake executor: 256 streams; tokens per secon
           that each frontend process used. At --step-us 0 tokens come faster than they can leave and are coalesced;
           the paced run sends one event a token.
 requests  the same engine: requests a second at 8-token outputs, streamed and not, 64 connections kept alive.
-latency   this script plays the scheduler: HTTP request sent -> Admit received, and Tokens frame sent -> event received,
-          one frame every 20 ms to all streams. Client and scheduler share one process and one clock.
+latency   this script plays the scheduler: HTTP request sent -> Admit received; Tokens frame sent -> its
+          events written by the frontend, and read by the client. One frame every 20 ms to all streams at once. Client
+          and scheduler are one process.
 memory    this script plays the scheduler: resident memory of a frontend with 0, 1,000, 10,000 and again 10,000 streams
           open, at their start and 40 tokens later. Needs `ulimit -n 25000`.
 
@@ -228,10 +229,15 @@ async def bench_latency(frontends: int, streams: int, ticks: int) -> None:
         await asyncio.gather(*(c.done for c in connections))
         for c in connections:
             c.transport.close()
+    # What was written between one frame and the next belongs to the first.
+    frame = np.searchsorted(sent, scheduler.written_ns) - 1
+    inside = (frame >= 0) & (scheduler.written_ns < sent[-1] + LATENCY_STEP_S * 1e9)
+    written = (scheduler.written_ns[inside] - np.array(sent)[frame[inside]]).tolist()
     print(
         f"latency   N={frontends} {streams:>4} streams, {streams / LATENCY_STEP_S:.0f} tok/s: HTTP in -> admitted ms "
-        f"{percentiles(admission[8:])}; token -> event ms {percentiles(delays)} ({len(found)} streams with one event a "
-        f"token); frontend CPU {sum(cpu.used) / ticks / streams * 1e6:.1f} us/event",
+        f"{percentiles(admission[8:])}; token -> chunk out {percentiles(written)}, -> read by the client "
+        f"{percentiles(delays)} ({len(written) / ticks / streams:.2f} events a token); "
+        f"frontend CPU {sum(cpu.used) / ticks / streams * 1e6:.1f} us/event",
         flush=True,
     )
 
@@ -290,6 +296,11 @@ async def run(args: argparse.Namespace) -> None:
         await bench_memory([1000, 10_000, 10_000])
 
 
+VLLM = """vLLM's design (docs/design/arch_overview, pull request 17546): API server processes do text and
+HTTP; one by default, more with --api-server-count, all on the head node; ZMQ between each of them and each engine core.
+Benchmarks of the whole service are published there, tokens per second or latency of an API server alone are not."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=lambda s: s.split(","), default=["stream", "requests", "latency", "memory"])
@@ -300,6 +311,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of the requests part")
     parser.add_argument("--ticks", type=int, default=100, help="of the latency part")
     uvloop.run(run(parser.parse_args()))
+    print(VLLM)
 
 
 if __name__ == "__main__":

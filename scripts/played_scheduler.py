@@ -36,7 +36,24 @@ from ipc.schema import (
 from ipc.sockets import EndpointDirectory, bind_router
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
-ENGINE_FRONTEND = "from frontend.process import main; raise SystemExit(main())"
+# `engine-frontend`, noting the time after each write of events; the last argument is the file for them.
+ENGINE_FRONTEND = """
+import sys, time
+from array import array
+from frontend.http_protocol import LimitedHttp
+from frontend.process import main
+
+file, stamps, write = sys.argv.pop(), array("q"), LimitedHttp.write_part
+
+def write_part(self, data):
+    write(self, data)
+    stamps.append(time.monotonic_ns())
+
+LimitedHttp.write_part = write_part
+code = main()
+open(file, "wb").write(stamps.tobytes())
+raise SystemExit(code)
+"""
 
 
 class PlayedScheduler:
@@ -53,6 +70,7 @@ class PlayedScheduler:
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self.open: dict[bytes, list[int]] = {}  # by frontend
         self.admitted_ns: list[int] = []
+        self.written_ns = np.empty(0, np.int64)  # each write of events by a frontend, once they have ended
 
     def _send(self, identity: bytes, message: Message) -> None:
         self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
@@ -98,7 +116,8 @@ async def played(frontends: int) -> AsyncIterator[tuple[PlayedScheduler, list[in
     directory = EndpointDirectory()
     scheduler = PlayedScheduler(directory.frontend)
     command = [sys.executable, "-P", "-c", ENGINE_FRONTEND, "--connect", directory.frontend, "--port", "0"]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(frontends)]
+    files = [Path(f"{directory.frontend.removeprefix('ipc://')}-{number}") for number in range(frontends)]
+    children = [subprocess.Popen([*command, str(file)], stdout=subprocess.PIPE, text=True) for file in files]
     try:
         ports = []
         for child in children:
@@ -110,8 +129,12 @@ async def played(frontends: int) -> AsyncIterator[tuple[PlayedScheduler, list[in
         yield scheduler, ports, [psutil.Process(child.pid) for child in children]
     finally:
         for child in children:
-            child.kill()
-            child.wait()
+            child.terminate()
+        for child in children:
+            await asyncio.to_thread(child.wait, 60)
+        scheduler.written_ns = np.sort(np.concatenate([np.fromfile(file, np.int64) for file in files]))
+        for file in files:
+            file.unlink()
         scheduler.close()
         directory.close()
 
