@@ -23,13 +23,17 @@ FUZZER = "from schemathesis.cli import schemathesis; schemathesis()"
 LIMIT_S = 240
 
 
+@pytest.fixture(scope="module", params=[1, 3], ids=["one frontend", "three frontends"])
+def frontends(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Small, so that the longest answer is short. scripts/clients runs the same against one frontend."""
+def engine(frontends: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Small, so that the longest answer is short."""
     folder = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    with running_engine(
-        "--fake-executor", "--device", "cpu", "--max-model-len", "64", "--frontends", "3", model=folder
-    ) as engine:
+    flags = ("--fake-executor", "--device", "cpu", "--max-model-len", "64", "--frontends", str(frontends))
+    with running_engine(*flags, model=folder) as engine:
         yield engine
 
 
@@ -46,7 +50,7 @@ def test_the_bounds_are_those_that_are_checked() -> None:
     assert schemas["ChatRequest"]["required"] == ["messages"]
 
 
-def test_schemathesis_finds_nothing_and_the_engine_serves_on(engine: Engine, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing_and_the_engine_serves_on(engine: Engine, frontends: int, tmp_path: Path) -> None:
     """All checks: no 5xx, documented statuses, types and bodies only; wrong types refused; other methods 405."""
     found = subprocess.run(
         [
@@ -63,4 +67,4 @@ def test_schemathesis_finds_nothing_and_the_engine_serves_on(engine: Engine, tmp
     assert answer.status_code == 200
     assert httpx.get(f"{engine.root}/load", timeout=60).json() == {"server_load": 0}
     info = httpx.get(f"{engine.root}/server_info", timeout=60).json()
-    assert (info["model"], info["max_model_len"], info["frontends"], info["draining"]) == ("tiny", 64, 1, False)
+    assert (info["model"], info["max_model_len"], info["frontends"], info["draining"]) == ("tiny", 64, frontends, False)
