@@ -47,6 +47,7 @@ _DATE_PERIOD_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 3600.0  # of one attempt; they repeat, since a model may load for long
 _RETRY_S: Final = (1.0, 2.0, 4.0, 8.0, 15.0)  # pauses after refused attempts
 _CLOSE_TIMEOUT_S: Final = 0.5  # under the launcher, which has drained the engine before; what is still open is to end
+_PATIENCE_S: Final = 10.0  # of one that was restarted: others serve meanwhile, and it will soon
 _KEEP_ALIVE_S: Final = 75
 _BACKLOG: Final = 2048
 _log: Final = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ class _HttpServer(uvicorn.Server):
         self.should_exit = True
         self._stop.set()
 
+    async def wait_for(self, future: asyncio.Future[None], limit_s: float) -> None:
+        """Until `future` is done, the server is told to stop, or the time is up."""
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({future, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -77,8 +84,8 @@ class _HttpServer(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncIterator[None]:
-    """Connect the client in the background for as long as it takes, and close it at the end."""
+async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncIterator[asyncio.Future[None]]:
+    """Connect the client in the background for as long as it takes, and close it at the end. Yields the task."""
 
     async def attach() -> None:
         for pause_s in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
@@ -95,7 +102,7 @@ async def _attached(service: Service, ready_bell: Doorbell | None) -> AsyncItera
 
     task = asyncio.ensure_future(attach())
     try:
-        yield
+        yield task
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -108,6 +115,7 @@ async def serve(
     config: HttpConfig,
     *,
     close_timeout_s: float,
+    patience_s: float = 0.0,
     ready_bell: Doorbell | None = None,
     debug_endpoints: bool = False,
     trace: Trace | None = None,
@@ -115,6 +123,7 @@ async def serve(
     """Serve HTTP on `listener` for the scheduler of `client` until SIGTERM (or SIGINT, if not ignored).
 
     Then no new connection is taken, and open responses have `close_timeout_s` seconds before they end with an error.
+    For `patience_s` connections are left to others who listen, or to wait, unless requests can be served before.
     """
     service = Service(client, config)
     app: Any = make_app(service, debug_endpoints=debug_endpoints, trace=trace)
@@ -148,7 +157,8 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, stop)
-    async with _attached(service, ready_bell):
+    async with _attached(service, ready_bell) as attached:
+        await server.wait_for(attached, patience_s)
         gc.collect()
         gc.freeze()
         await server.serve(sockets=[listener])
@@ -187,6 +197,7 @@ def run(config: EngineConfig, channels: FrontendChannels) -> int:
             socket.socket(fileno=channels.listen_fd),
             config.http,
             close_timeout_s=_CLOSE_TIMEOUT_S,
+            patience_s=_PATIENCE_S if channels.life else 0.0,  # while the engine starts, everybody is told so
             ready_bell=Doorbell(channels.ready_bell),
             debug_endpoints=config.debug_endpoints,
             trace=trace,

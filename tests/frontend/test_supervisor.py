@@ -235,6 +235,8 @@ def test_a_killed_frontend_is_replaced(folder: Path) -> None:
     with launched(folder) as engine:
         first = engine.roles()["frontend"]
         first.kill()
+        first.wait(STOP_S)
+        assert engine.complete().status_code == 200, "the next one took connections before it could serve"
         wait_until(
             lambda: "frontend" in (roles := engine.roles()) and roles["frontend"].pid != first.pid, STOP_S, "another"
         )
