@@ -28,7 +28,6 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 import triton
-from torch import nn
 from tqdm import tqdm
 
 from executor.attention import PagedLayer
@@ -37,7 +36,9 @@ from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
 from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
 from executor.measured import cache_path, read_choices, write_choices
-from executor.recognition import DecoderWeights, LayerWeights, NotRecognizedError
+from executor.peers import Peers, Place
+from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecognizedError
+from executor.shards import ShardedEmbedding
 
 _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
 _MANY_TIMED: Final = 128
@@ -45,7 +46,8 @@ DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their n
 _GATE_BLOCK: Final = 1024
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
 
-Product = Callable[[Linear, torch.Tensor], torch.Tensor]  # silu(gate) * up if gated
+# (linear, x, where to write it) -> x @ weight.T; silu(gate) * up if gated
+Product = Callable[[Linear, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class FusedDecoder:
             )
             _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
         self._weights, self._layers, self._backend, self._ranks = weights, layers, backend, weights.ranks
+        self.peers: Peers | None = None  # sums of few rows, if they can be read from the other GPUs
         self._has_pdl = self._pdl = has_pdl(device)
         _, self.ways = self.both_ways()
         self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
@@ -91,6 +94,10 @@ class FusedDecoder:
             self._skinny = SkinnyLinears(self._linears, device)
         except ValueError as error:
             raise NotRecognizedError(str(error)) from error
+
+    @property
+    def width(self) -> int:
+        return self._weights.embedding.shape[1]
 
     def tune(self) -> None:
         """Choose the tiles of all linear layers for this GPU: seconds the first time, then read from disk."""
@@ -147,7 +154,8 @@ class FusedDecoder:
         self._pdl = self._skinny.pdl = way.pdl
         if way.few and self._ranks is None:
             return self._forward_few(inputs, last)
-        return self._forward_many(inputs, last, self._skinny if way.few else self._multiply)
+        product: Product = self._skinny if way.few else self._multiply
+        return self._forward_many(inputs, last, product)
 
     def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         skinny = self._skinny
@@ -165,21 +173,33 @@ class FusedDecoder:
     def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None, product: Product) -> torch.Tensor:
         x, normed = self._embed_normed(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, product(self._qkv[i], normed), inputs)
-            self._add_norm(x, self._sum(product(self._o[i], attended)), layer.mlp_norm, normed)
-            hidden = product(self._gate_up[i], normed)
-            self._add_norm(x, self._sum(product(self._down[i], hidden)), self._next_norm[i], normed)
-        logits = product(self._head, normed if last is None else normed[last])
+            attended = self._attend(i, product(self._qkv[i], normed, None), inputs)
+            self._add(Place.ATTENTION, product, self._o[i], attended, x, layer.mlp_norm, normed)
+            hidden = product(self._gate_up[i], normed, None)
+            self._add(Place.MLP, product, self._down[i], hidden, x, self._next_norm[i], normed)
+        logits = product(self._head, normed if last is None else normed[last], None)
         if self._ranks is None or self._weights.gathers is None:
             return logits
         return self._ranks.gather(logits, self._weights.gathers)
 
-    def _multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, linear: Linear, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if out is not None:
+            return torch.mm(x, linear.weight.t(), out=out)
         y = F.linear(x, linear.weight, linear.bias)
         return self._gate(y) if linear.gated else y
 
-    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
-        return partial if self._ranks is None else self._ranks.sum(partial)
+    def _add(
+        self, place: Place, product: Product, linear: Linear, y: torch.Tensor, x: torch.Tensor, norm: Norm,
+        normed: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """x += y @ weight.T, summed over all ranks; normed = the norm of that."""
+        peers = self.peers
+        if peers is not None and len(x) <= peers.max_rows:
+            product(linear, y, peers.rows(place, len(x)))
+            peers.add_norm(place, x, norm.gain, norm.eps, normed, pdl=self._pdl)
+            return
+        partial = product(linear, y, None)
+        self._add_norm(x, partial if self._ranks is None else self._ranks.sum(partial), norm, normed)
 
     def _attend(self, index: int, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""
@@ -218,13 +238,19 @@ class FusedDecoder:
         return x, Scaled(scaled, square[None], self._weights.layers[0].input_norm.eps)
 
     def _embed_normed(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        if type(self._weights.embed) is nn.Embedding:
+        embed, norm, peers = self._weights.embed, self._weights.layers[0].input_norm, self.peers
+        if not isinstance(embed, ShardedEmbedding):
             x, normed, _ = self._embed(inputs, normed=True)
+            return x, normed
+        # Zeroed first: a kernel that starts while the one ahead ends must have a kernel ahead, not a memset.
+        x = embed.weight.new_zeros(inputs.num_tokens, embed.weight.shape[1])
+        normed = torch.empty_like(x)
+        if peers is not None and len(x) <= peers.max_rows:
+            rows, inside = embed.find(inputs.token_ids)
+            torch.where(inside, rows, x, out=peers.rows(Place.EMBEDDING, len(x)))
+            peers.add_norm(Place.EMBEDDING, x, norm.gain, norm.eps, normed, pdl=self._pdl)
         else:
-            # Zeroed first: a kernel that starts while the one ahead ends must have a kernel ahead, not a memset.
-            x = self._weights.embedding.new_zeros(inputs.num_tokens, self._weights.embedding.shape[1])
-            rows, normed = self._weights.embed(inputs.token_ids), torch.empty_like(x)
-            self._add_norm(x, rows, self._weights.layers[0].input_norm, normed)
+            self._add_norm(x, embed(inputs.token_ids), norm, normed)
         return x, normed
 
     def _embed(self, inputs: StepInputs, normed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

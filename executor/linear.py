@@ -153,10 +153,11 @@ class SkinnyLinears:
         self._partial = torch.empty(scratch, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
 
-    def __call__(self, linear: Linear, x: torch.Tensor | Scaled) -> torch.Tensor:
+    def __call__(self, linear: Linear, x: torch.Tensor | Scaled, out: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated."""
         value = x.value if isinstance(x, Scaled) else x
-        out = value.new_empty(len(value), linear.n)
+        if out is None:
+            out = value.new_empty(len(value), linear.n)
         self._launch(linear, x, self._tile(linear, len(value)), out=out)
         return out
 

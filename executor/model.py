@@ -61,6 +61,8 @@ class Model:
             setattr(attention, probe.LAYER, probe.PagedAttention(self._backend, layer))
         self.attentions = [attention for attention, _ in layers]
         self.implementation = probe.SERVE  # what the module attends by, in transformers' terms
+        self.ranks: Ranks | None = None
+        self.sums_by_peers = config.sums_by_peers
         self.notes: list[str] = []  # what was done to make it fast, or why not
         self.decoder: FusedDecoder | None = None  # runs in place of the module if it is recognized
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
@@ -125,6 +127,7 @@ def load_model(
             fused, unfused_reason = fusion.fuse_linears(module, partial(_own_logits, module), _limit(module.dtype))
             layers, vocab_size = probe.learn_layers(module, text_config.num_hidden_layers, max_model_len)
         model = Model(module, layers, vocab_size, config)
+        model.ranks = ranks
         if ranks is not None:
             model.notes.append(f"{ranks.size} ranks")
         model.notes.append(f"{fused} groups of linear layers fused" if fused else f"not fused: {unfused_reason}")
@@ -151,6 +154,7 @@ def optimize_model(model: Model) -> None:
     try:
         decoder = FusedDecoder(recognize(model._module), model.layers, backend, model.max_model_len)
         model.decoder = decoder
+        _open_peers(model, decoder)
         for ways in decoder.both_ways():
             decoder.ways = ways
             check_paging(model, share=_FUSED_SHARE)
@@ -160,6 +164,16 @@ def optimize_model(model: Model) -> None:
         model.decoder = None
         model.notes.append(f"no fused decoder: {error}")
         compile_model(model)
+
+
+def _open_peers(model: Model, decoder: FusedDecoder) -> None:
+    from executor.peers import open_peers
+
+    if model.ranks is not None:
+        reason = "as asked"
+        if model.sums_by_peers:
+            decoder.peers, reason = open_peers(model.ranks, decoder.width, model.dtype)
+        model.notes.append(f"sums by NCCL: {reason}" if decoder.peers is None else "sums by peer memory")
 
 
 def compile_model(model: Model, backend: str = "inductor") -> None:

@@ -65,6 +65,10 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found)
 
+    def agree(self, holds: bool) -> bool:
+        """Whether it holds on every rank."""
+        return self.least(int(holds)) == 1
+
 
 def open_ranks(config: EngineConfig, channels: ExecutorChannels, device: torch.device) -> Ranks | None:
     """None for an executor of one rank."""

@@ -115,12 +115,16 @@ class ShardedEmbedding(nn.Module):
         self.weight = full.weight
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        rows, inside = self.find(token_ids)
+        summed: torch.Tensor = torch.ops.tandem.rank_sum(torch.where(inside, rows, 0), self.handle)
+        return summed
+
+    def find(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows [..., width], bool [..., 1]: whether this rank holds the row; else it is another one)."""
         rows = len(self.weight)
         place = token_ids - self.ranks.rank * rows
         inside = (place >= 0) & (place < rows)
-        found = torch.where(inside[..., None], self.weight[torch.where(inside, place, 0)], 0)
-        summed: torch.Tensor = torch.ops.tandem.rank_sum(found, self.handle)
-        return summed
+        return self.weight[torch.where(inside, place, 0)], inside[..., None]
 
 
 class Cutter:

@@ -143,6 +143,7 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tensor-parallel-size", type=_integer(1, 32), default=1, metavar="N", help="GPUs that share the model"
     )
+    group.add_argument("--disable-custom-all-reduce", action=_SWITCH, default=False, help="sums over GPUs by NCCL only")
     group.add_argument(
         "--data-parallel-size",
         type=_integer(0, 1024),

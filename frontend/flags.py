@@ -78,6 +78,7 @@ class Options:
     enable_prefix_caching: bool
     device: str
     tensor_parallel_size: int
+    disable_custom_all_reduce: bool
     data_parallel_size: int
     join: str | None
     cluster: str | None
@@ -281,6 +282,7 @@ def engine_config(
         enforce_eager=options.enforce_eager,
         compile=(device == "cuda" if options.compile is None else options.compile) and not options.enforce_eager,
         ranks=options.tensor_parallel_size,
+        sums_by_peers=not options.disable_custom_all_reduce,
         block_size=options.block_size,
         num_blocks=options.num_gpu_blocks_override,
         kv_cache_bytes=options.kv_cache_memory_bytes,

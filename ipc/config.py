@@ -46,6 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = False  # compile the decoder layers
     replica: int | None = None  # which one of several
     ranks: int = 1  # executor processes that share the model: tensor parallel
+    sums_by_peers: bool = True  # GPUs read each other's rows where that is possible; else NCCL sums them
     block_size: int = 16
     num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
     kv_cache_bytes: int | None = None

@@ -6,12 +6,15 @@ Reads one JSON object from stdin: what `RankJob` says. Prints a line for each mo
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +24,14 @@ from ipc.errors import ModelError
 from tests.executor.fused_model import fused_model
 from tests.executor.paged_generate import engine_config, paged_generate
 
+if TYPE_CHECKING:
+    from executor.peers import Peers
+
 LIMIT_S = 300
+PEER_ROWS = 8  # steps of more tokens are summed in the other way
+PATIENCE = 1 << 16  # a flag that never comes is a failure, not a hang
+
+kept: list[object] = []  # memory that only addresses point to
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class RankJob:
     device: str = "cpu"
     dtype: str = "float32"
     fused: bool = False  # by the fused decoder, once by each kind of product
+    memories: tuple[int, ...] = ()  # a memory file for each rank, by which they sum rows; else by NCCL or gloo
 
 
 def generate_on_ranks(job: RankJob) -> list[list[dict[str, Any]]]:
@@ -48,7 +59,7 @@ def generate_on_ranks(job: RankJob) -> list[list[dict[str, Any]]]:
             input=json.dumps(asdict(job)),
             stdout=subprocess.PIPE,
             text=True,
-            pass_fds=[job.rendezvous],
+            pass_fds=[job.rendezvous, *job.memories],
             timeout=LIMIT_S,
             check=True,
         )
@@ -84,6 +95,8 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     model = fused_model(folder, device, ranks)
     decoder = model.decoder
     assert decoder is not None
+    if job.memories:
+        decoder.peers = _peers(ranks.rank, job.memories, decoder.width)
     tokens: list[list[int]] = []
     logits: list[torch.Tensor] = []
     for ways in decoder.both_ways():
@@ -91,6 +104,21 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
         for both, found in zip((tokens, logits), paged_generate(model, job.prompts, job.new_tokens), strict=True):
             both += found  # type: ignore[operator]
     return _answer(model, tokens, logits)
+
+
+def _peers(rank: int, memories: Sequence[int], width: int) -> Peers:
+    from executor.peers import Peers, bytes_of
+
+    size = bytes_of(PEER_ROWS, width, torch.float32, len(memories))
+    maps = []
+    for fd in memories:
+        os.ftruncate(fd, size)
+        maps.append(torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8))
+    addresses = [memory.data_ptr() for memory in maps]
+    peers = Peers(rank, maps[rank], addresses, rows=PEER_ROWS, width=width, dtype=torch.float32)
+    peers.patience = PATIENCE
+    kept.append(maps)
+    return peers
 
 
 def _answer(model: Model, tokens: list[list[int]], logits: list[torch.Tensor]) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def test_tokens_of_two_ranks_are_those_of_transformers(tmp_path: Path, device: s
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU and not INTERPRET, reason="needs CUDA devices, or triton and TRITON_INTERPRET=1")
-def test_the_fused_decoder_of_two_ranks_computes_what_transformers_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.skipif(ON_GPU, reason="on the CPU"))])
+def test_the_fused_decoder_of_two_ranks_computes_what_transformers_does(tmp_path: Path, peers: bool) -> None:
     if ON_GPU:
         need_gpus("cuda")
     names = ["llama", "qwen3", "qwen2"]
@@ -86,8 +87,9 @@ def test_the_fused_decoder_of_two_ranks_computes_what_transformers_does(tmp_path
     lengths, new = ((1, 2, 17, 50, 100), 24) if ON_GPU else ((1, 17), 3)
     asked = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     folders = [str(tmp_path / name) for name in names]
-    fd = os.memfd_create("ranks")
-    first, second = generate_on_ranks(RankJob(folders, asked, new, 2, fd, device, dtype, fused=True))
+    fd, memories = os.memfd_create("ranks"), tuple(os.memfd_create("peers") for _ in range(2 * peers))
+    job = RankJob(folders, asked, new, 2, fd, device, dtype, fused=True, memories=memories)
+    first, second = generate_on_ranks(job)
     for model, one, other in zip(theirs, first, second, strict=True):
         assert one["logits"] == other["logits"], "ranks disagree"
         for prompt, ids, logits in zip([*asked, *asked], one["tokens"], one["logits"], strict=True):

@@ -1,0 +1,141 @@
+"""Sums over the ranks of one host without a library: each GPU reads what the others have written into shared memory.
+
+Owns that memory. Made by `executor.model` for the fused decoder where it is possible and proves right at start; else
+sums are NCCL's. No multicast: where torch would set it up along with the memory, this is not used.
+
+Rows wait in one of three places, taken in turn (the embedding's, those after attention, those after the MLP). A rank
+writes to a place again only after it has seen a flag of every peer for the next place, and a peer shows that only when
+its kernels that read the first place are done: so nothing is overwritten while it is read, and nobody waits twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Final
+
+import torch
+import triton
+
+from executor.peer_kernels import sum_norm_kernel
+from executor.ranks import Ranks
+
+_MULTICAST_OFF: Final = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+_MAX_BYTES: Final = 4 << 20  # read from peers in one sum; beyond, sharing the work out wins
+_MAX_ROWS: Final = 256
+_ALIGNMENT: Final = 256
+_PATIENCE: Final = 1 << 24  # seconds: while it is not known that the memory works, a start must not hang
+_FOR_EVER: Final = -1
+
+
+class Place(IntEnum):
+    EMBEDDING = 0
+    ATTENTION = 1
+    MLP = 2
+
+
+class Peers:
+    """This rank's end: where to write rows, and the kernel that sums them into the residual and norms it."""
+
+    def __init__(
+        self, rank: int, memory: torch.Tensor, addresses: Sequence[int], *, rows: int, width: int, dtype: torch.dtype
+    ) -> None:
+        """`memory` uint8, zeroed, as long as `bytes_of` says; `addresses`: where each rank's is, seen from here."""
+        self._rank, self._size = rank, len(addresses)
+        self.max_rows, self._width = rows, width
+        self._stride = _place_bytes(rows, width, dtype)
+        self._places = [
+            memory[place * self._stride :][: rows * width * dtype.itemsize].view(dtype).view(rows, width)
+            for place in Place
+        ]
+        self._memory = memory
+        self._addresses = torch.tensor(list(addresses), dtype=torch.int64, device=memory.device)
+        self.patience = _FOR_EVER
+
+    def rows(self, place: Place, count: int) -> torch.Tensor:
+        """[count, width], to be written by the kernel ahead of `add_norm`."""
+        return self._places[place][:count]
+
+    def add_norm(
+        self, place: Place, x: torch.Tensor, gain: torch.Tensor, eps: float, normed: torch.Tensor, pdl: bool
+    ) -> None:
+        """x [rows, width] += the sum of every rank's rows at `place`; normed = x / rms(x) * gain."""
+        width = self._width
+        sum_norm_kernel[(len(x),)](
+            self._addresses, x, gain, normed, eps, place * self._stride, len(Place) * self._stride, self.patience,
+            rank=self._rank, size=self._size, width=width, width_pad=triton.next_power_of_2(width), pdl=pdl,
+            num_warps=8 if width <= 2048 else 16, launch_pdl=pdl,
+        )  # fmt: skip
+
+
+def _place_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    return -(-rows * width * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def bytes_of(rows: int, width: int, dtype: torch.dtype, size: int) -> int:
+    """Memory of one rank: the places, then the flags."""
+    return len(Place) * _place_bytes(rows, width, dtype) + 4 * rows * size
+
+
+def open_peers(ranks: Ranks, width: int, dtype: torch.dtype) -> tuple[Peers | None, str]:
+    """The peers, or None and why not. All ranks come to the same answer."""
+    rows = min(_MAX_ROWS, _MAX_BYTES // (width * dtype.itemsize * (ranks.size - 1)))
+    reason = "" if os.environ.get(_MULTICAST_OFF) == "1" else f"{_MULTICAST_OFF}=1 is not set"
+    peers = None
+    if ranks.agree(not reason):
+        try:
+            peers = _share(ranks, rows, width, dtype)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if ranks.agree(peers is not None):
+            assert peers is not None, "agreed"
+            wrong = _prove(peers, ranks)
+            if ranks.agree(not wrong):
+                return peers, ""
+            reason = wrong
+    return None, reason or "it does not work on another rank"
+
+
+def _share(ranks: Ranks, rows: int, width: int, dtype: torch.dtype) -> Peers:
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric
+
+    module: Any = symmetric  # untyped in part
+    memory = module.empty(bytes_of(rows, width, dtype, ranks.size), dtype=torch.uint8, device=ranks.device)
+    memory.zero_()
+    torch.cuda.synchronize(ranks.device)
+    shared = module.rendezvous(memory, dist.group.WORLD)
+    return Peers(ranks.rank, memory, shared.buffer_ptrs, rows=rows, width=width, dtype=dtype)
+
+
+def _prove(peers: Peers, ranks: Ranks) -> str:
+    """Run every place twice, with few rows and many, and compare with NCCL; what is wrong, or nothing."""
+    random = torch.Generator(ranks.device).manual_seed(ranks.rank)
+    limit = 4 * torch.finfo(peers.rows(Place.MLP, 1).dtype).eps
+    _compile(peers, ranks)
+    peers.patience = _PATIENCE
+    for count in (1, peers.max_rows, 3, peers.max_rows):
+        for place in Place:
+            rows = peers.rows(place, count)
+            rows.copy_(torch.randn(rows.shape, generator=random, device=ranks.device))
+            expected = ranks.sum(rows.float())
+            x = torch.zeros_like(rows)
+            normed = torch.empty_like(rows)
+            peers.add_norm(place, x, torch.ones_like(rows[0]), 1e-6, normed, pdl=False)
+            root = expected.square().mean(1, keepdim=True).sqrt()
+            for ours, theirs in ((x, expected), (normed, expected / root)):
+                difference = ((ours.float() - theirs).norm() / theirs.norm()).item()
+                if not difference <= limit:
+                    return f"sums differ from NCCL's by {difference:.2g} of their norm, the limit is {limit:.2g}"
+    peers.patience = _FOR_EVER
+    return ""
+
+
+def _compile(peers: Peers, ranks: Ranks) -> None:
+    """Run the kernel once without waiting for anyone, so that no rank waits while another one compiles."""
+    x = torch.zeros_like(peers.rows(Place.EMBEDDING, 1))
+    peers.patience = 0
+    peers.add_norm(Place.EMBEDDING, x, x[0], 1e-6, torch.empty_like(x), pdl=False)
+    torch.cuda.synchronize(x.device)
+    ranks.agree(True)
