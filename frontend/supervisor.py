@@ -6,8 +6,6 @@ the directory, so it sleeps while nothing happens. Never on the path of a reques
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import os
 import signal
 from collections import defaultdict, deque
@@ -17,11 +15,10 @@ from enum import Enum, auto
 from functools import partial
 from typing import Final
 
-import zmq
-
 from frontend.children import TRACEBACK, Child
 from frontend.directory import Announcement, Directory
 from frontend.plumbing import Plumbing
+from frontend.poll_loop import PollLoop
 from frontend.replica import Replica, say
 from ipc.clock import now_s
 from ipc.config import EngineConfig
@@ -103,11 +100,8 @@ class Supervisor:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._max_restarts = max_restarts
         self._on_ready = on_ready
-        self._poller = zmq.Poller()
-        self._handlers: dict[object, Callable[[], None]] = {}
+        self._loop = PollLoop()
         self._children: dict[int, Child] = {}  # by pidfd
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_ids = itertools.count()
         self._failures: defaultdict[tuple[int, str], deque[Failure]] = defaultdict(deque)  # of RESTART_WINDOW_S
         self._phase = Phase.STARTING
         self._frontends_ready = 0
@@ -121,21 +115,21 @@ class Supervisor:
 
     def run(self) -> int:
         """Start everything, supervise until the last child is gone, and return the exit code."""
-        self._watch(self._signals, self._on_signal)
-        self._watch(self._plumbing.ready_bell.fd, self._on_frontend_ready)
+        self._loop.watch(self._signals, self._on_signal)
+        self._loop.watch(self._plumbing.ready_bell.fd, self._on_frontend_ready)
         old_wakeup = signal.set_wakeup_fd(self._signals_writer)
         old = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
-            self._after(HEARTBEAT_S, self._beat)
+            self._loop.after(HEARTBEAT_S, self._beat)
             for socket in self._directory.sockets:
-                self._watch(socket, self._directory.serve)
+                self._loop.watch(socket, self._directory.serve)
             for replica in self._replicas.values():
                 self._greet(replica)
                 self._directory.put(replica.member)
             self._start_all()
             self._announce_if_ready()  # a mere directory has nobody to wait for
             while self._children or self._phase is not Phase.STOPPING:
-                self._turn()
+                self._loop.turn()
         finally:
             for child in self._children.values():
                 child.signal(signal.SIGKILL)
@@ -155,28 +149,6 @@ class Supervisor:
                 for index in range(role.count):
                     self._spawn(name, index, replica)
 
-    def _turn(self) -> None:
-        timeout_ms = None
-        if self._timers:
-            timeout_ms = int(max(0.0, self._timers[0][0] - now_s()) * 1e3) + 1
-        for source, _ in self._poller.poll(timeout_ms):
-            handler = self._handlers.get(source)  # an earlier handler of this turn may have closed it
-            if handler is not None:
-                handler()
-        while self._timers and self._timers[0][0] <= now_s():
-            heapq.heappop(self._timers)[2]()
-
-    def _watch(self, source: int | zmq.Socket[bytes], handler: Callable[[], None]) -> None:
-        self._handlers[source] = handler
-        self._poller.register(source, zmq.POLLIN)
-
-    def _unwatch(self, source: int | zmq.Socket[bytes]) -> None:
-        if self._handlers.pop(source, None) is not None:
-            self._poller.unregister(source)
-
-    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (now_s() + delay_s, next(self._timer_ids), action))
-
     def _send(self, message: Message) -> None:
         for replica in self._living():
             replica.send(message)
@@ -193,17 +165,17 @@ class Supervisor:
             own = replica.environment if name == "executor" else {}
             child = Child(name, index, module, replica.config, *channels, replica=replica.number, environment=own)
         self._children[child.pidfd] = child
-        self._watch(child.pidfd, lambda: self._on_exit(child))
-        self._watch(child.stderr, lambda: self._on_stderr(child))
+        self._loop.watch(child.pidfd, lambda: self._on_exit(child))
+        self._loop.watch(child.stderr, lambda: self._on_stderr(child))
 
     def _on_stderr(self, child: Child) -> None:
         if child.forward_stderr() == b"":
-            self._unwatch(child.stderr)
+            self._loop.unwatch(child.stderr)
 
     def _on_exit(self, child: Child) -> None:
         del self._children[child.pidfd]
-        self._unwatch(child.pidfd)
-        self._unwatch(child.stderr)
+        self._loop.unwatch(child.pidfd)
+        self._loop.unwatch(child.stderr)
         code = child.reap()
         replica = self._replicas.get(child.replica)
         if self._phase is Phase.STOPPING:
@@ -247,17 +219,17 @@ class Supervisor:
                 self._spawn("executor", rank, replica)
 
     def _replace_scheduler(self, replica: Replica) -> None:
-        self._unwatch(replica.control)
+        self._loop.unwatch(replica.control)
         ranks = self._of_role("executor", replica)
         drain = Drain(abort=self._aborting) if self._phase is Phase.DRAINING else None
         if not replica.lost_scheduler(ranks, drain):
             self._kill(ranks)  # they may have said hello to the one that ended, and say it only once
-        self._watch(replica.control, partial(self._on_control, replica))
+        self._loop.watch(replica.control, partial(self._on_control, replica))
         self._spawn("scheduler", 0, replica)
 
     def _greet(self, replica: Replica) -> None:
         replica.greet()
-        self._watch(replica.control, partial(self._on_control, replica))
+        self._loop.watch(replica.control, partial(self._on_control, replica))
 
     def _of_role(self, name: str, replica: Replica | None = None) -> list[Child]:
         """The children of this role, of one replica or of all."""
@@ -289,7 +261,7 @@ class Supervisor:
         """The others go on without this one, and take over what it had."""
         replica.say(f"is given up. {words}")
         replica.given_up = True
-        self._unwatch(replica.control)
+        self._loop.unwatch(replica.control)
         self._directory.remove([replica.number])
         self._kill([child for child in self._children.values() if child.replica == replica.number])
         self._stop_if_drained()
@@ -340,7 +312,7 @@ class Supervisor:
             if silent_s > self._config.watchdog_timeout_s and self._phase in (Phase.SERVING, Phase.DRAINING):
                 replica.silent_beats = 0
                 self._end_stuck(self._of_role("scheduler", replica), f"silent for {silent_s:.1f} s")
-        self._after(HEARTBEAT_S, self._beat)
+        self._loop.after(HEARTBEAT_S, self._beat)
 
     def _end_faulty(self, faulty: list[Child], why: str) -> None:
         for child in faulty:
@@ -356,7 +328,7 @@ class Supervisor:
             say(f"{why}; ending {child.role} (pid {child.pid}), its stacks:")
             child.signal(signal.SIGUSR1)
             child.signal(signal.SIGCONT)  # one that was stopped shows its stacks only if it goes on
-        self._after(_DUMP_GRACE_S, lambda: self._kill(stuck))
+        self._loop.after(_DUMP_GRACE_S, lambda: self._kill(stuck))
 
     def _kill(self, children: list[Child]) -> None:
         for child in children:
@@ -373,7 +345,7 @@ class Supervisor:
             if self._announcement is not None:
                 self._announcement.leave()
             self._send(Drain())
-            self._after(self._shutdown_timeout_s, self._abort_open)
+            self._loop.after(self._shutdown_timeout_s, self._abort_open)
             self._stop_if_drained()
         elif self._phase is Phase.STOPPING or self._phase is Phase.DRAINING:
             self._hurry()
@@ -384,7 +356,7 @@ class Supervisor:
         if self._phase is Phase.DRAINING:
             self._aborting = True
             self._send(Drain(abort=True))
-            self._after(_ABORT_GRACE_S, lambda: self._stop(0))
+            self._loop.after(_ABORT_GRACE_S, lambda: self._stop(0))
 
     def _stop(self, code: int) -> None:
         """SIGTERM role by role, frontends first so that their last bytes reach the clients."""
@@ -405,14 +377,14 @@ class Supervisor:
             for child in told:
                 child.signal(signal.SIGTERM)
         if told:
-            self._after(_STOP_GRACE_S, lambda: self._kill(told))
+            self._loop.after(_STOP_GRACE_S, lambda: self._kill(told))
 
     def _hurry(self) -> None:
         self._stop(0)
         self._stop_order.clear()
         for child in self._children.values():
             child.signal(signal.SIGTERM)
-        self._after(_HURRY_GRACE_S, lambda: self._kill(list(self._children.values())))
+        self._loop.after(_HURRY_GRACE_S, lambda: self._kill(list(self._children.values())))
 
 
 def _ignore(number: int, frame: object) -> None:
