@@ -31,6 +31,7 @@ from ipc.schema import HEARTBEAT_S
 _STATS_S: Final = 5.0
 _PATIENCE_S: Final = 15.0  # then the launcher says what it is waiting for
 _GONE_S: Final = 2.0  # for a second signal: what was killed has time to be gone
+_FRONTEND: Final = "frontend"  # a Ray resource: nodes that declare it, if any does, are where frontends run
 _KEYS: Final = "keys"
 _API_KEYS: Final = "api-keys"
 _TEMPLATE: Final = "chat-template.jinja"
@@ -142,6 +143,8 @@ class Cluster:
         self._folder = folder
         self._keys = make_keys(folder)
         self._resources = resources(options, ray.nodes())
+        declared = any(_FRONTEND in node["Resources"] for node in ray.nodes() if node["Alive"])
+        self._frontend_needs = {_FRONTEND: 1.0} if declared else {"CPU": 1.0}
         self._host: Any = ray.remote(Host)
         self._replicas: list[Placed] = []
         self._frontends: list[Placed] = []
@@ -239,15 +242,16 @@ class Cluster:
 
     async def _add_frontend(self) -> list[str]:
         """One more frontend, on whatever node has the fewest."""
-        placed = Placed(self._actor(frontend_part(self._options, self._keys["frontend"], self._endpoint), "SPREAD",
-                                    {"CPU": 1.0}))  # fmt: skip
+        part = frontend_part(self._options, self._keys["frontend"], self._endpoint)
+        placed = Placed(self._actor(part, "SPREAD", self._frontend_needs))
         self._frontends.append(placed)
         return await self._places(placed, self._frontends)
 
     def _actor(self, part: Part, strategy: Any, needs: dict[str, float]) -> Any:
         return self._host.options(
-            num_cpus=needs["CPU"],
+            num_cpus=needs.get("CPU", 0),
             num_gpus=needs.get("GPU", 0),
+            resources={name: amount for name, amount in needs.items() if name == _FRONTEND},
             max_restarts=-1,
             max_concurrency=4,
             scheduling_strategy=strategy,

@@ -37,9 +37,9 @@ GRAPH_ALONE: Final = (
 LINEAR_64_MS: Final = 4.38  # all linear layers with 64 and with 256 rows, head included; scripts/bench_kernels.py
 LINEAR_256_MS: Final = 6.10
 HEAD_256_MS: Final = 0.379
-PREFILL_ATTENTION_FLOPS: Final = 307e12  # per second, the slower of two measured contexts
+PREFILL_ATTENTION: Final = ((1024, 7168), (307e12, 432e12))  # mean context of a prompt token; FLOP/s measured there
 PAIR_FLOPS: Final = 4 * 32 * 32 * 128  # of one query and one key, all layers and heads
-HOST_S: Final = 1.0e-3  # from a result, or an arrival at an idle engine, to the launch of the step planned then
+HOST_S: Final = 0.5e-3  # from a result, or an arrival at an idle engine, to the launch of the step planned then
 TO_SCHEDULER_S: Final = 0.34e-3  # HTTP request to Admit, median of scripts/bench_frontend.py
 TO_CLIENT_S: Final = 1.24e-3  # Tokens frame to event at the client, likewise
 VOCAB: Final = 128_256
@@ -69,7 +69,8 @@ class StepTime:
 
     def _of(self, tokens: int, kv_tokens: int, pairs: float) -> float:
         base_ms = float(np.interp(tokens, self._rows, self._base_ms)) + max(0, tokens - 256) * self.token_ms
-        return (base_ms + kv_tokens * self.kv_ms) * 1e-3 + pairs * PAIR_FLOPS / PREFILL_ATTENTION_FLOPS
+        flops = float(np.interp(pairs / max(1, tokens), *PREFILL_ATTENTION))
+        return (base_ms + kv_tokens * self.kv_ms) * 1e-3 + pairs * PAIR_FLOPS / flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ HEAD = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a Ray cluster of three nodes with one or two cores each."""
+    """Of a Ray cluster of three nodes with a core each, one of which is for frontends."""
     pytest.importorskip("ray", reason="the optional extra [ray] is not installed")
     from ray.cluster_utils import Cluster
 
@@ -40,8 +40,8 @@ def address() -> Iterator[str]:
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("ENGINE_FAKE_STEP_US", "10000")  # what runs on a node has the environment of the node
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
-    for cpus in (2, 1):
-        cluster.add_node(num_cpus=cpus, object_store_memory=80 << 20)
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20, resources={"frontend": 2})
     yield cluster.address
     cluster.shutdown()
     patch.undo()
