@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from frontend import flags, model_files
 from frontend.autoscaler import Load, Scale
 from frontend.digests import ENVIRONMENT
 from frontend.host import CONFIG, Host, Part, Program, write_private
+from frontend.replica import say
 from frontend.replicas import Replicas
 from ipc.auth import load_client_keys, make_client_keys, make_server_keys
 from ipc.clock import now_s
@@ -79,7 +79,7 @@ def frontend_part(options: flags.Options, keys: dict[str, bytes], directory: str
     files, arguments = _under_keys(keys), [options.model, "--connect", directory]
     arguments += ["--auth-keys", f"{{folder}}/{_KEYS}", "--host", options.host, "--port", str(options.port)]
     for name in ("watchdog_timeout", "shutdown_timeout", "request_timeout", "queue_timeout", "metrics_prefix",
-                 "tool_call_parser"):  # fmt: skip
+                 "tool_call_parser", "log_level", "log_format"):  # fmt: skip
         if (value := getattr(options, name)) is not None:
             arguments += ["--" + name.replace("_", "-"), str(value)]
     if options.isolate_api_keys:
@@ -343,10 +343,6 @@ async def _result(reference: Any) -> Any:
 def _tell(loop: asyncio.AbstractEventLoop, what: Any, code: int) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody needs to know
         loop.call_soon_threadsafe(what, code)
-
-
-def say(text: str) -> None:
-    print(f"engine-launch: {text}", file=sys.stderr, flush=True)
 
 
 def _check_reachable(address: str) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from frontend.replica import say
 from ipc.errors import ConfigError, UnavailableError
 from ipc.lifetime import die_with_parent, fail
 
@@ -141,7 +142,7 @@ class Host:
 
     def _end(self, code: int) -> None:
         """The program ended by itself: Ray shall start it anew, where there is room for it."""
-        print(f"engine-launch: ended with exit code {code}", file=sys.stderr, flush=True)
+        say(f"the program of this actor ended with exit code {code}")
         self._folder.cleanup()
         os._exit(1)
 

@@ -12,11 +12,15 @@ Candidates are two replicas at random (power of two choices: with loads that are
 be everybody's choice at once) and two that were given a prompt with the same beginning. So affinity needs no limit of
 its own: a replica that holds a prefix is preferred until its load outweighs what computing the prefix once more costs;
 then another one computes it, and from then on holds it too.
+
+Each client remembers its own prompts only. A beginning that is new to it may be old to others, so it has two homes, by
+its hash, on which all clients agree without a word.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -25,6 +29,7 @@ from typing import Final
 OPEN_TOKENS: Final = 128  # half or twice as many change little (scripts/bench_routing.py); more spread prefixes thin
 MAX_LEVELS: Final = 10  # prefixes of 1, 2, 4 .. 512 blocks are told apart
 MAX_PREFIXES: Final = 1 << 16  # remembered; the least recently used goes first
+RING_POINTS: Final = 8  # of a replica: its share of homes is even to about a third, and load does the rest
 MAX_HOLDERS: Final = 32  # replicas remembered for a prefix; one that has more is found everywhere soon
 
 
@@ -54,6 +59,7 @@ class Router:
         self._replicas: dict[int, _Replica] = {}
         self._taking: list[_Replica] = []
         self._prefixes: OrderedDict[bytes, _Holders] = OrderedDict()
+        self._ring: list[tuple[bytes, _Replica]] = []  # by hash, anew after each change of who takes requests
 
     def __len__(self) -> int:
         return len(self._taking)
@@ -66,6 +72,7 @@ class Router:
         self.leave(number)
         self._replicas[number] = replica = _Replica(number, len(self._taking))
         self._taking.append(replica)
+        self._ring = []
 
     def leave(self, number: int) -> None:
         """It takes none any more: it drains, waits for its executor, or is gone. May be called twice."""
@@ -76,6 +83,7 @@ class Router:
                 self._taking[replica.place] = last
                 last.place = replica.place
             replica.place = -1
+            self._ring = []
 
     def report(self, number: int, running: int, waiting: int, queued_tokens: int) -> None:
         """What replica `number` says of itself; it includes what was sent to it before."""
@@ -98,10 +106,14 @@ class Router:
             return None
         keys = prefix_keys(prompt, salt, self._block_bytes)
         known = [self._prefixes.get(key, ()) for key in keys]
+        home_level = max(0, len(keys) - 2)  # the second longest is a quarter to a half of the prompt
+        homes = self._homes(keys[home_level]) if keys and known[home_level] == () else []
+        likely = (self._block_bytes >> 2) << home_level
         best, best_cost, best_saved = self._taking[0], 1 << 62, 0
-        for replica in self._candidates(known):
+        for replica in (*homes, *self._candidates(known)):
             saved = self._saved_tokens(replica, known)
-            cost = replica.load + replica.sent - saved
+            # If it is shared at all, others have sent it there.
+            cost = replica.load + replica.sent - (max(saved, likely) if replica in homes else saved)
             if cost < best_cost:
                 best, best_cost, best_saved = replica, cost, saved
         best.sent += OPEN_TOKENS + max(0, len(prompt) // 4 - best_saved)
@@ -118,6 +130,16 @@ class Router:
                     found = here if len(here) <= 2 else self._two_of(here)
                     break
         return found + self._two_of(self._taking)
+
+    def _homes(self, key: bytes) -> list[_Replica]:
+        """Where a prefix is at home: the next two points on the ring. One that joins or leaves moves few homes."""
+        if not self._ring:
+            for replica in self._taking:
+                digest = blake2b(b"%d" % replica.number, digest_size=8 * RING_POINTS).digest()
+                self._ring += [(digest[i : i + 8], replica) for i in range(0, len(digest), 8)]
+            self._ring.sort(key=_point)
+        place = bisect(self._ring, key, key=_point)
+        return [self._ring[(place + i) % len(self._ring)][1] for i in range(2)]
 
     def _two_of(self, replicas: Sequence[_Replica]) -> list[_Replica]:
         count = len(replicas)
@@ -148,6 +170,10 @@ class Router:
                 prefixes[key] = None
         while len(prefixes) > self._max_prefixes:
             prefixes.popitem(last=False)
+
+
+def _point(entry: tuple[bytes, _Replica]) -> bytes:
+    return entry[0]
 
 
 def prefix_keys(prompt: bytes, salt: str, block_bytes: int) -> list[bytes]:

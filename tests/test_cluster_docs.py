@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from frontend import flags
+from frontend import flag_groups, flags
 from ipc import auth
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "cluster.md").read_text()
@@ -53,10 +53,10 @@ def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
             assert flags.parse(arguments).auth_keys == "/keys", name
         else:
             assert container["command"] == ["engine-frontend"]
-            parser = flags.FlagParser()
+            parser = flag_groups.FlagParser()
             for flag in ("--connect", "--auth-keys", "--tokenizer", "--host", "--port"):
                 parser.add_argument(flag)
-            flags.http_flags(parser)
+            flag_groups.http_flags(parser)
             assert parser.parse_args(container["args"]).connect == "tcp://tandem-directory:5757"
 
 

@@ -114,6 +114,30 @@ def test_what_was_sent_counts_until_it_is_reported() -> None:
     assert one.load(0) == 2 * OPEN_TOKENS + 100 - 64, "64 of its tokens are remembered as cached"
 
 
+def test_clients_that_share_nothing_agree_on_the_home_of_a_prefix() -> None:
+    """Fifty of them, each asked once for each of twenty beginnings: of 64 replicas few hold one."""
+    holders = [set[int | None]() for _ in range(20)]
+    for seed in range(50):
+        one = Router(BLOCK, seed=seed)
+        for number in range(64):
+            one.join(number)
+        for group, each in enumerate(holders):
+            idle(one, 64)
+            each.add(one.pick(prompt((group, 512), (1000 * seed + group, 300))))
+    assert max(map(len, holders)) <= 2
+    assert len(set[int | None]().union(*holders)) > 10, "not all beginnings at the same home"
+
+
+def test_few_homes_move_when_a_replica_leaves() -> None:
+    def homes(without: int) -> list[int | None]:
+        one = router(16)
+        one.leave(without)
+        return [one.pick(prompt((group, 512))) for group in range(200) if not idle(one, 16)]
+
+    moved = sum(a != b for a, b in zip(homes(-1), homes(3), strict=True))
+    assert moved <= 2.5 * 200 / 16
+
+
 def test_one_that_joins_again_has_no_cache() -> None:
     one = router(2)
     shared = prompt((1, 512))
