@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
+from frontend import flags, launch
+from frontend.replica import config_of, environment_of
+from ipc.errors import ConfigError
 from tests.e2e.engine import read_line, wait_until
 from tests.frontend.model_folder import tiny_model
 from tests.frontend.test_supervisor import START_S, STOP_S, Launched, launched
+from tests.scheduler.pipeline import tiny_config
 
 FLAGS = ("--data-parallel-size", "2", "--watchdog-timeout", "2", "--enable-debug-endpoints")
 SLOW = {"ENGINE_FAKE_STEP_US": "10000"}
@@ -179,3 +184,27 @@ def directory_of(engine: Launched) -> str:
         if str(connection.laddr).endswith("/frontend.sock"):
             return f"ipc://{connection.laddr}"
     return ""
+
+
+def test_every_rank_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cuda_devices", lambda: 6)
+    sizes = ["--tensor-parallel-size", "2", "--data-parallel-size", "4", "--device", "cuda"]
+    with pytest.raises(ConfigError, match="4 replicas of 2 ranks need 8 GPUs, the NVIDIA driver shows 6") as refused:
+        launch.prepare(flags.parse([str(tmp_path), *sizes]))
+    assert refused.value.param == "--data-parallel-size"
+
+    config = msgspec.structs.replace(tiny_config(), device="cuda", ranks=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shown = [environment_of(number, 3, config, 6)["CUDA_VISIBLE_DEVICES"] for number in range(3)]
+    assert shown == ["0,1", "2,3", "4,5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-abc,1")
+    assert [environment_of(n, 2, config, 4)["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["7,5", "GPU-abc,1"]
+    assert environment_of(0, 1, config, 4) == {}
+
+
+def test_replicas_have_ports_of_their_own() -> None:
+    config = msgspec.structs.replace(tiny_config(), frontend_endpoint="tcp://[::1]:5757")
+    assert [config_of(n, 2, config).frontend_endpoint for n in range(2)] == ["tcp://[::1]:5758", "tcp://[::1]:5759"]
+    free = msgspec.structs.replace(config, frontend_endpoint="tcp://10.0.0.1:0")
+    assert config_of(1, 2, free).frontend_endpoint == "tcp://10.0.0.1:0"
+    assert config_of(0, 1, tiny_config()).frontend_endpoint == ""
