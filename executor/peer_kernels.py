@@ -53,7 +53,8 @@ def sum_norm_kernel(
     tl.debug_barrier()
     summed = tl.zeros([width_pad], tl.float32)
     for peer in tl.static_range(size):
-        partial = (tl.load(addresses + peer) + partial_at).to(tl.pointer_type(kind))
+        # Said to be aligned, or rows would be read an element at a time.
+        partial = tl.multiple_of((tl.load(addresses + peer) + partial_at).to(tl.pointer_type(kind)), 16)
         summed += tl.load(partial + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     rounded = (total + summed).to(kind)
     tl.store(x + at, rounded, mask=inside)
