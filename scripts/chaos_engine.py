@@ -105,6 +105,20 @@ class Engine:
             seen[role] = max(fds, process.num_fds()), max(threads, process.num_threads())
         return seen
 
+    def leaks(self, before: dict[str, tuple[int, int]]) -> list[str]:
+        """What is held beyond `before`, once connections that clients closed have had time to go."""
+        limit_s = time.monotonic() + GONE_S
+        while True:
+            after = self.resources()
+            found = [
+                f"{role} leaks: {fds} -> {after[role][0]} fds, {threads} -> {after[role][1]} threads"
+                for role, (fds, threads) in before.items()
+                if after[role][0] > fds + 4 or after[role][1] > threads + 2
+            ]
+            if not found or time.monotonic() > limit_s:
+                return found
+            time.sleep(0.2)
+
     def report(self) -> None:
         """What the launcher says of each recovery, from the end of a process until the engine serves; and the starts
         of executors, of which the first may have had to compile."""
