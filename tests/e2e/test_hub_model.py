@@ -33,7 +33,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_id_with_sharded_weights() -> None:
     case = greedy()[20]
     with running_engine("--device", "cpu", model="acme/demo") as engine:
-        assert [model["id"] for model in httpx.get(f"{engine.url}/models").json()["data"]] == ["acme/demo"]
+        assert [model["id"] for model in httpx.get(f"{engine.url}/models", timeout=60).json()["data"]] == ["acme/demo"]
         body = {"prompt": case.prompt, "max_tokens": case.max_tokens, "temperature": 0, "return_token_ids": True}
         answer = httpx.post(f"{engine.url}/completions", json=body, timeout=60).json()
     assert tuple(answer["choices"][0]["token_ids"]) == case.output

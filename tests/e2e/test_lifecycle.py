@@ -128,7 +128,7 @@ def test_what_it_occupies_and_that_nothing_is_left(folder: Path) -> None:
         assert directory.stat().st_mode & 0o777 == 0o700
         assert engine.endpoint == f"ipc://{directory}/frontend.sock"
 
-        with httpx.Client(base_url=engine.root) as http:  # keeps its connection open
+        with httpx.Client(base_url=engine.root, timeout=WAIT_S) as http:  # keeps its connection open
             assert complete(engine, n=8, max_tokens=64).status_code == 200
             assert http.get("/health").status_code == 200
             before = {process: cpu_time_s(process) for process in processes}
@@ -150,7 +150,11 @@ def test_sigterm_finishes_what_is_open_and_leaves_nothing(folder: Path) -> None:
         with endless_stream(engine, max_tokens=600) as lines:
             next(lines)
             engine.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx.get(f"{engine.root}/health").status_code == 503, WAIT_S, "it says it drains")
+            wait_until(
+                lambda: httpx.get(f"{engine.root}/health", timeout=WAIT_S).status_code == 503,
+                WAIT_S,
+                "it says it drains",
+            )
             assert complete(engine).status_code == 503
             rest = [line for line in lines if line]
         assert '"finish_reason":"length"' in rest[-2]
@@ -169,7 +173,7 @@ def test_a_killed_launcher_takes_everything_along(folder: Path) -> None:
             engine.process.kill()
             wait_until(lambda: all(map(is_gone, children)), WAIT_S, "all children are gone")
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{engine.root}/health")
+            httpx.get(f"{engine.root}/health", timeout=WAIT_S)
 
 
 def test_a_terminal_shows_the_progress_of_loading_and_ctrl_c_ends_it() -> None:

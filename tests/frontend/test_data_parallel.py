@@ -78,11 +78,11 @@ def test_replicas_share_the_requests_and_every_view_is_of_all_of_them(folder: Pa
         with load(engine, 8, 100):
             wait_until(lambda: sum(running(engine).values()) == 8, START_S, "all run")
             assert min(running(engine).values()) >= 2
-            assert httpx.get(f"{engine.root}/load").json() == {"server_load": 8}
+            assert httpx.get(f"{engine.root}/load", timeout=60).json() == {"server_load": 8}
             text = engine.metrics()
             shown = re.findall(r'num_requests_running\{engine="(\d)",model_name="tiny"\} (\d)', text)
             assert sorted(number for number, _ in shown) == ["0", "1"]
-        info = httpx.get(f"{engine.root}/server_info").json()
+        info = httpx.get(f"{engine.root}/server_info", timeout=60).json()
         assert sorted(info["replicas"]) == ["0", "1"]
         assert info["kv_cache_tokens"] == sum(each["kv_cache_tokens"] for each in info["replicas"].values())
         assert engine.invariants()["blocks_free"] == engine.invariants()["blocks_total"]
@@ -96,7 +96,7 @@ def test_a_killed_replica_is_restarted_and_its_streams_go_on_elsewhere(folder: P
             for role in ("scheduler", "executor"):
                 processes(engine)[role, 1].kill()
             wait_until(lambda: running(engine).get("0") == 8, START_S, "the other has all of them")
-            assert httpx.get(f"{engine.root}/health").status_code == 200
+            assert httpx.get(f"{engine.root}/health", timeout=60).status_code == 200
         wait_until(lambda: any("serving again" in line for line in engine.stderr), START_S, "it is back")
         wait_until(lambda: sorted(running(engine)) == ["0", "1"], START_S, "it answers")
         with load(engine, 8, 100):
@@ -132,7 +132,7 @@ def test_a_stopped_scheduler_does_not_hide_the_replicas_that_answer(folder: Path
         with load(engine, 6, 300):
             wait_until(lambda: sum(running(engine).values()) == 6, START_S, "all run")
             processes(engine)["scheduler", 1].send_signal(signal.SIGSTOP)
-            assert httpx.get(f"{engine.root}/health").status_code == 200
+            assert httpx.get(f"{engine.root}/health", timeout=60).status_code == 200
             wait_until(lambda: any("silent for" in line for line in engine.stderr), START_S, "it is noticed")
         stop(engine)
 

@@ -187,7 +187,7 @@ def test_metrics_are_the_same_through_every_frontend(engine: Engine) -> None:
 
     before = settled()
     for _ in range(12):
-        answer = httpx.post(f"{engine.root}/v1/completions", json={"prompt": "the end", "max_tokens": 5})
+        answer = httpx.post(f"{engine.root}/v1/completions", json={"prompt": "the end", "max_tokens": 5}, timeout=60)
         assert answer.status_code == 200
     labels = 'engine="0",model_name="tiny"'
     after = settled()

@@ -31,7 +31,7 @@ def test_every_route_that_is_not_open_needs_a_key(service: Service) -> None:
     for method, path in [*routes(), ("GET", "/"), ("GET", "/no/such/path"), ("POST", "/health/../v1/models")]:
         if method == "OPTIONS":
             continue
-        response = httpx.request(method, service.engine.root + path)
+        response = httpx.request(method, service.engine.root + path, timeout=60)
         if path in OPEN_PATHS:
             assert response.status_code == 200, path
             continue
@@ -61,7 +61,7 @@ def test_a_key_of_each_source_is_good(service: Service, key: str) -> None:
     ],
 )
 def test_other_headers_are_not(service: Service, header: str) -> None:
-    assert httpx.get(service.engine.url + "/models", headers={"authorization": header}).status_code == 401
+    assert httpx.get(service.engine.url + "/models", headers={"authorization": header}, timeout=60).status_code == 401
 
 
 def test_the_openai_client_gets_its_authentication_error(service: Service) -> None:

@@ -94,7 +94,7 @@ def test_a_frontend_with_a_listed_key_serves_http(engine: Engine, keys: Path) ->
             found = re.search(r"http://\S+/v1", read_line(process, WAIT_S))
             assert found
             url = found.group().removesuffix("/v1")
-            wait_until(lambda: httpx.get(url + "/ready").status_code == 200, WAIT_S, "ready over tcp")
+            wait_until(lambda: httpx.get(url + "/ready", timeout=WAIT_S).status_code == 200, WAIT_S, "ready over tcp")
             body = {"prompt": "the end", "max_tokens": 6, "seed": 0}
             answer = httpx.post(url + "/v1/completions", json=body, timeout=WAIT_S).json()
             assert answer["usage"]["completion_tokens"] == 6
