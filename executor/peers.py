@@ -90,7 +90,7 @@ def open_peers(ranks: Ranks, width: int, dtype: torch.dtype) -> tuple[Peers | No
             reason = f"{type(error).__name__}: {error}"
         if ranks.agree(peers is not None):
             assert peers is not None, "agreed"
-            wrong = _prove(peers, ranks)
+            wrong = prove(peers, ranks)
             if ranks.agree(not wrong):
                 return peers, ""
             reason = wrong
@@ -109,27 +109,28 @@ def _share(ranks: Ranks, rows: int, width: int, dtype: torch.dtype) -> Peers:
     return Peers(ranks.rank, memory, shared.buffer_ptrs, rows=rows, width=width, dtype=dtype)
 
 
-def _prove(peers: Peers, ranks: Ranks) -> str:
+def prove(peers: Peers, ranks: Ranks, patience: int = _PATIENCE) -> str:
     """Run every place twice, with few rows and many, and compare with NCCL; what is wrong, or nothing."""
     random = torch.Generator(ranks.device).manual_seed(ranks.rank)
     limit = 4 * torch.finfo(peers.rows(Place.MLP, 1).dtype).eps
     _compile(peers, ranks)
-    peers.patience = _PATIENCE
+    wrong = ""
+    peers.patience = patience
     for count in (1, peers.max_rows, 3, peers.max_rows):
         for place in Place:
             rows = peers.rows(place, count)
             rows.copy_(torch.randn(rows.shape, generator=random, device=ranks.device))
-            expected = ranks.sum(rows.float())
+            expected = ranks.sum(rows.to(torch.float32, copy=True))
             x = torch.zeros_like(rows)
             normed = torch.empty_like(rows)
             peers.add_norm(place, x, torch.ones_like(rows[0]), 1e-6, normed, pdl=False)
             root = expected.square().mean(1, keepdim=True).sqrt()
             for ours, theirs in ((x, expected), (normed, expected / root)):
                 difference = ((ours.float() - theirs).norm() / theirs.norm()).item()
-                if not difference <= limit:
-                    return f"sums differ from NCCL's by {difference:.2g} of their norm, the limit is {limit:.2g}"
+                if not difference <= limit:  # to the end all the same: the other ranks sum with this one
+                    wrong = f"sums differ from NCCL's by {difference:.2g} of their norm, the limit is {limit:.2g}"
     peers.patience = _FOR_EVER
-    return ""
+    return wrong
 
 
 def _compile(peers: Peers, ranks: Ranks) -> None:
@@ -137,5 +138,5 @@ def _compile(peers: Peers, ranks: Ranks) -> None:
     x = torch.zeros_like(peers.rows(Place.EMBEDDING, 1))
     peers.patience = 0
     peers.add_norm(Place.EMBEDDING, x, x[0], 1e-6, torch.empty_like(x), pdl=False)
-    torch.cuda.synchronize(x.device)
+    x.sum().item()  # waits for the kernel
     ranks.agree(True)

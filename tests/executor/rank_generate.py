@@ -96,7 +96,7 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     decoder = model.decoder
     assert decoder is not None
     if job.memories:
-        decoder.peers = _peers(ranks.rank, job.memories, decoder.width)
+        decoder.peers = _peers(ranks, job.memories, decoder.width)
     tokens: list[list[int]] = []
     logits: list[torch.Tensor] = []
     for ways in decoder.both_ways():
@@ -106,8 +106,9 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     return _answer(model, tokens, logits)
 
 
-def _peers(rank: int, memories: Sequence[int], width: int) -> Peers:
-    from executor.peers import Peers, bytes_of
+def _peers(ranks: Ranks, memories: Sequence[int], width: int) -> Peers:
+    """Peers on memory that works, as is proven of it, and of other memory is not."""
+    from executor.peers import Peers, bytes_of, prove
 
     size = bytes_of(PEER_ROWS, width, torch.float32, len(memories))
     maps = []
@@ -115,7 +116,13 @@ def _peers(rank: int, memories: Sequence[int], width: int) -> Peers:
         os.ftruncate(fd, size)
         maps.append(torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8))
     addresses = [memory.data_ptr() for memory in maps]
-    peers = Peers(rank, maps[rank], addresses, rows=PEER_ROWS, width=width, dtype=torch.float32)
+    deaf = Peers(ranks.rank, torch.zeros(size, dtype=torch.uint8), addresses, rows=1, width=width, dtype=torch.float32)
+
+    assert "sums differ from NCCL's" in prove(deaf, ranks, patience=10)
+    maps[ranks.rank].zero_()  # flags were shown in it
+    ranks.agree(True)
+    peers = Peers(ranks.rank, maps[ranks.rank], addresses, rows=PEER_ROWS, width=width, dtype=torch.float32)
+    assert prove(peers, ranks) == ""
     peers.patience = PATIENCE
     kept.append(maps)
     return peers
