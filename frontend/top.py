@@ -30,6 +30,7 @@ from ipc.clock import now_s
 
 WINDOW_S: Final = 30.0
 MAX_FRONTENDS: Final = 8  # rows
+WIDE_COLUMNS: Final = 112  # enough for two panels beside each other
 HISTORY: Final = 60  # values of the curve
 _ANCHOR: Final = ":num_requests_running"  # the metric that every engine of this family has, after its prefix
 _SHARES: Final = {"kv_cache_usage_perc"}  # over replicas: the mean
@@ -186,7 +187,7 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _bar(share: float, width: int = 24) -> Text:
+def _bar(share: float, width: int = 14) -> Text:
     full = round(max(0.0, min(1.0, share)) * width)
     color = "green" if share < 0.8 else "yellow" if share < 0.95 else "red"
     return Text("█" * full, style=color) + Text("░" * (width - full), style="bright_black")
@@ -304,31 +305,34 @@ def _replicas(history: History) -> Table:
     return table
 
 
-def frame(history: History, url: str) -> RenderableType:
-    """The whole picture."""
+def _side_by_side(left: RenderableType, right: RenderableType) -> Table:
+    table = Table.grid(expand=True, padding=(0, 1))
+    table.add_column(ratio=1)
+    table.add_column(ratio=1)
+    table.add_row(left, right)
+    return table
+
+
+def frame(history: History, url: str, columns: int = WIDE_COLUMNS) -> RenderableType:
+    """The whole picture, for a terminal of so many columns; what a low one cuts off is at the end."""
     last = history.last
     head = Text.assemble(
         (last.model, "bold"),
         ("  " + url, "bright_black"),
-        (f"  frontends and clients {int(last.get('frontends'))}", "bright_black"),
+        (f"  clients {int(last.get('frontends'))}", "bright_black"),
         (f"  replicas {len(last.replicas)}", "bright_black"),
         (f"  executor life {int(last.get('executor_epoch')) + 1}", "bright_black"),
     )
-    body = Table.grid(expand=True, padding=(0, 1))
-    body.add_column(ratio=1)
-    body.add_column(ratio=1)
-    body.add_row(Panel(_work(history), title="work"), Panel(_device(history), title="device and host, a step"))
+    work = Panel(_work(history), title="work")
+    device = Panel(_device(history), title="device and host, a step")
+    latencies = Panel(_latencies(history), title=f"latency, last {WINDOW_S:.0f} s")
+    frontends = Panel(_frontends(history), title="frontends and clients")
     top = max(history.curve, default=0.0)
     curve = Panel(_curve(history.curve), title=f"output tokens/s, at most {top:,.0f}")
-    below = Table.grid(expand=True, padding=(0, 1))
-    below.add_column(ratio=1)
-    below.add_column(ratio=1)
-    below.add_row(
-        Panel(_latencies(history), title=f"latency, last {WINDOW_S:.0f} s"),
-        Panel(_frontends(history), title="frontends and clients"),
-    )
     several = [Panel(_replicas(history), title="replicas")] if len(last.replicas) > 1 else []
-    return Group(head, body, below, *several, curve)
+    if columns < WIDE_COLUMNS:
+        return Group(head, _side_by_side(work, device), latencies, curve, frontends, *several)
+    return Group(head, _side_by_side(work, device), _side_by_side(latencies, frontends), *several, curve)
 
 
 def metrics_url(url: str) -> str:
@@ -345,7 +349,7 @@ def watch(url: str, interval_s: float, console: Console) -> None:
         while True:
             try:
                 history.add(scrape(url))
-                live.update(frame(history, url), refresh=True)
+                live.update(frame(history, url, console.width), refresh=True)
             except NoMetricsError as error:
                 live.update(Panel(Text(str(error), style="red"), title="engine-top"), refresh=True)
             time.sleep(interval_s)
@@ -357,7 +361,7 @@ def once(url: str, interval_s: float, console: Console) -> None:
     history.add(scrape(url))
     time.sleep(interval_s)
     history.add(scrape(url))
-    console.print(frame(history, url))
+    console.print(frame(history, url, console.width))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,6 +74,16 @@ def test_a_frame_shows_what_is_there_and_dashes_what_is_not() -> None:
     assert re.search(r"http-7 +0 +2,468", shown)  # its tokens of both replicas
 
 
+def test_nothing_is_cut_in_a_terminal_of_80_columns() -> None:
+    history = History()
+    history.add(at(1.0))
+    history.add(at(2.0, tokens=1234, fast=1, slow=2))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(frame(history, "http://127.0.0.1:8000/metrics", 80))
+    assert "…" not in capture.get()
+
+
 def test_what_is_no_engine_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NoMetricsError, match="not an engine"):
         parse("# TYPE up gauge\nup 1\n", 0.0)
