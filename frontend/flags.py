@@ -43,6 +43,8 @@ ALIASES: Final = {
     "--tp-size": "--tensor-parallel-size",
     "--dp-size": "--data-parallel-size",
 }
+# vLLM's switches for what cannot be had otherwise here; they are taken, and mean nothing.
+ALWAYS: Final = ("--disable-uvicorn-access-log", "--enable-prompt-tokens-details", "--enable-request-id-headers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,13 +125,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="engine-launch",
         description="Serve a language model over the OpenAI API.",
-        epilog="Underscores work as dashes. Also understood: " + ", ".join(ALIASES) + ".",
+        epilog=f"Underscores work as dashes. Also understood: {', '.join([*ALIASES, *ALWAYS])}.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tandem-engine {version('tandem-engine')}")
     for add in GROUPS:
         add(parser)
     return parser
+
+
+def _wanted(arguments: Sequence[str]) -> list[str]:
+    """`arguments` by this parser's names, without those that ask for what always is."""
+    return [flag for argument in arguments if (flag := _canonical(argument)) not in ALWAYS]
 
 
 def _canonical(argument: str) -> str:
@@ -156,11 +163,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
     """
     environ = environ or {}
     parser = make_parser()
-    canonical = [_canonical(argument) for argument in argv]
+    canonical = _wanted(argv)
     namespace = argparse.Namespace()
     file = config_file(canonical, environ)
     if file is not None:
-        _apply(parser, [_canonical(argument) for argument in from_file(file)], namespace, f"{file}: ")
+        _apply(parser, _wanted(from_file(file)), namespace, f"{file}: ")
     _apply(parser, from_environ(parser, environ), namespace, "environment: ")
     default_model = getattr(namespace, "model", None)
     _apply(parser, canonical, namespace, "")

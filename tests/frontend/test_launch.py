@@ -19,6 +19,11 @@ def test_defaults():
     assert (options.pipeline_depth, options.enable_prefix_caching, options.device) == (0, True, "auto")
 
 
+def test_flags_for_what_is_always_so_mean_nothing(tmp_path):
+    (tmp_path / "file.yaml").write_text("enable_request_id_headers: true\n")
+    assert flags.parse(["m", *flags.ALWAYS, "--config", str(tmp_path / "file.yaml")]) == flags.parse(["m"])
+
+
 @pytest.mark.parametrize("alias", flags.ALIASES)
 def test_other_engines_names_mean_the_same(alias):
     target = flags.ALIASES[alias]
