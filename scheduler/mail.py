@@ -62,6 +62,7 @@ class Mail:
         for peer in self.peers:
             if self._flush(peer) and peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
                 rows += peer.outbox.rows
+                peer.sent_tokens += peer.outbox.rows
                 peer.outbox.clear()
             elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
                 self._give_up(peer)

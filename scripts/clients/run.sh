@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs real clients of the OpenAI API against a live engine: the demo model on the CPU, in float32, with a short context,
-# since schemathesis asks for all of it and waits ten seconds.
+# since schemathesis asks for all of it, 128 times.
 #
 #     scripts/clients/run.sh                      all of them
 #     scripts/clients/run.sh openai lm_eval       some

@@ -196,6 +196,8 @@ def test_metrics_are_the_same_through_every_frontend(engine: Engine) -> None:
         assert after[key] - before[key] == expected
     key = f"vllm:inter_token_latency_seconds_count{{{labels}}}"
     assert after[key] - before[key] == 12 * 4
+    sent = [after[name] - before.get(name, 0) for name in after if name.startswith("vllm:frontend_tokens_total")]
+    assert (len(sent), sum(sent)) == (FRONTENDS, 60)  # each has its own row
     assert all(settled() == after for _ in range(8))  # whoever answers
 
 
