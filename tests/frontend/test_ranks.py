@@ -16,7 +16,7 @@ from tests.frontend.model_folder import tiny_model
 from tests.frontend.test_supervisor import START_S, Launched, launched
 
 RANKS = 3
-FLAGS = ("--tensor-parallel-size", str(RANKS), "--watchdog-timeout", "2", "--enable-debug-endpoints")
+FLAGS = ("--tensor-parallel-size", str(RANKS), "--enable-debug-endpoints")
 REQUEST = dict(max_tokens=250, return_token_ids=True)
 
 
@@ -45,7 +45,8 @@ def expected(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("fault", ["kill the last", "kill the first", "stop the last"])
 def test_a_rank_that_ends_or_hangs_is_replaced_with_all_others(folder: Path, expected: list[int], fault: str) -> None:
-    with launched(folder, *FLAGS, env={"ENGINE_FAKE_STEP_US": "10000"}) as engine:
+    watchdog = ["--watchdog-timeout", "4"] if "stop" in fault else []
+    with launched(folder, *FLAGS, *watchdog, env={"ENGINE_FAKE_STEP_US": "10000"}) as engine:
         before = ranks_of(engine)
         assert sorted(before) == list(range(RANKS))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
