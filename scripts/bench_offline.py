@@ -236,7 +236,7 @@ async def measure(engine: Engine, depth: int, ranks: int, replicas: int, plan: l
                 continue
             print(HEADER)
             for name, params in choices:
-                run = await drive(client, replace(workload, batch=workload.batch * replicas), params, seed)
+                run = await drive(client, replace(workload, copies=replicas), params, seed)
                 seed += 1
                 row = summarize(workload, name, depth, ranks, *run, limits, replicas)
                 results.rows.append(row)

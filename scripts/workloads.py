@@ -42,12 +42,13 @@ class Workload:
     arriving_len: int = 0  # prompt tokens of what arrives
     arrivals: int = 0  # short requests that arrive at once
     slots: int = 0  # requests in a step, if more than the batch
+    copies: int = 1  # how many times the batch, for as many replicas
 
     def lengths(self) -> list[tuple[int, int]]:
         """(prompt, output) tokens of each request."""
         if self.ragged is None:
-            return [(self.prompt_len, self.output_len)] * self.batch
-        return _ragged_lengths(self.batch, *self.ragged)
+            return [(self.prompt_len, self.output_len)] * (self.batch * self.copies)
+        return _ragged_lengths(self.batch, *self.ragged) * self.copies
 
     @property
     def max_seq_len(self) -> int:

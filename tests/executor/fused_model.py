@@ -22,7 +22,8 @@ ON_GPU = torch.cuda.is_available()
 WIDER: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}  # what kernels can divide
 # Greedy tokens may differ where the reference's own two best logits are this close.
 MARGIN = 0.25 if ON_GPU else 1e-3
-LIMIT = 0.03  # of |ours - theirs| / |theirs|, logits
+# Of |ours - theirs| / |theirs|, logits. Transformers' own bfloat16 is up to 0.044 from its float32 on these models.
+LIMIT = 0.06 if ON_GPU else 1e-3
 
 
 def fused_model(folder: Path, device: torch.device | None = None, ranks: Ranks | None = None) -> Model:

@@ -235,7 +235,8 @@ def test_a_step_that_the_device_refuses_ends_the_process_with_the_reason_last(
     """And the next life on the same rings serves."""
     skip_without(device)
     config = make_config(folder, device=device)
-    env = {"TANDEM_TEST_FAULT": fault, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    env = {"TANDEM_TEST_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     executor = ExecutorProcess(config, tmp_path, "tests.executor.faulty", env)
     spawned.append(executor)
     executor.wait_ready()
