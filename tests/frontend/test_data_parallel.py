@@ -26,8 +26,8 @@ from tests.frontend.model_folder import tiny_model
 from tests.frontend.test_supervisor import START_S, STOP_S, Launched, launched
 from tests.scheduler.pipeline import tiny_config
 
-FLAGS = ("--data-parallel-size", "2", "--watchdog-timeout", "2", "--enable-debug-endpoints")
-SLOW = {"ENGINE_FAKE_STEP_US": "10000"}
+FLAGS = ("--data-parallel-size", "2", "--watchdog-timeout", "4", "--enable-debug-endpoints")
+SLOW = {"ENGINE_FAKE_STEP_US": "20000"}  # so that requests still run when a busy machine looks
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,14 @@ def load(engine: Launched, count: int, max_tokens: int) -> Iterator[None]:
             assert answer.json()["usage"]["completion_tokens"] == max_tokens
 
 
+def serves(engine: Launched, number: int) -> bool:
+    """Whether replica `number`, in its present life, has ended some of the requests that came by the end of this."""
+    with load(engine, 8, 10):
+        pass
+    counts = re.findall(rf'request_success_total{{engine="{number}",\S* (\d+)', engine.metrics())
+    return any(int(count) for count in counts)
+
+
 def stop(engine: Launched) -> None:
     engine.process.terminate()
     assert engine.wait() == 0
@@ -99,8 +107,7 @@ def test_a_killed_replica_is_restarted_and_its_streams_go_on_elsewhere(folder: P
             assert httpx.get(f"{engine.root}/health", timeout=60).status_code == 200
         wait_until(lambda: any("serving again" in line for line in engine.stderr), START_S, "it is back")
         wait_until(lambda: sorted(running(engine)) == ["0", "1"], START_S, "it answers")
-        with load(engine, 8, 100):
-            wait_until(lambda: min(running(engine).values()) >= 2, START_S, "both run requests")
+        wait_until(lambda: serves(engine, 1), START_S, "it takes requests")
         assert "replica 1: scheduler restarted" in "\n".join(engine.stderr)
         stop(engine)
 

@@ -362,7 +362,7 @@ def test_a_fault_of_the_user_in_a_child_is_one_line_and_code_2(folder: Path) -> 
 
 def test_a_hung_executor_is_noticed_dumped_and_replaced(folder: Path) -> None:
     env = {"ENGINE_FAULT": "executor:step=5:epoch=0:hang"}
-    with launched(folder, "--watchdog-timeout", "1", env=env) as engine:
+    with launched(folder, "--watchdog-timeout", "4", env=env) as engine:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answer = pool.submit(engine.complete, max_tokens=30)
             wait_until(lambda: engine.health() == 503, START_S, "health says that steps do not end")
