@@ -36,10 +36,10 @@ from cluster_model import TO_CLIENT_S, TO_SCHEDULER_S, Cluster, Outcome, Scenari
 
 # CPU of a frontend and of a scheduler's sends on two shared cores (docs/operations.md, docs/cluster.md).
 EVENT_US: Final = 31.0  # a token to its stream: bench_frontend.py --parts stream
-FRAME_US: Final = 15.0  # a frame of tokens, of any number of rows; by hand, as the next but one and the last
+FRAME_US: Final = 15.0  # a frame of tokens, of any number of rows; measured by hand
 REQUEST_US: Final = 260.0  # an HTTP request, streamed: bench_frontend.py --parts requests, less its events
-TOKENIZE_US: Final = 1.33  # a token of a prompt
-SEND_US: Final = 12.0  # scheduler: a frame from the outbox to the socket
+TOKENIZE_US: Final = 1.33  # a token of a prompt; by hand
+SEND_US: Final = 12.0  # scheduler: a frame from the outbox to the socket; by hand
 REPLICA_SECONDS: Final = 1500  # replicas x virtual seconds of a run, at most: about a minute of real time
 TARGET_UTILISATION: Final = 0.6
 
