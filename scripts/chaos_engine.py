@@ -130,8 +130,9 @@ class Engine:
             print(f"{role} recovered {len(found)} times: median {median(found):.2f} s, max {max(found):.2f} s")
         starts = [dict(table) for table in map(phase_table, log.split("start-up")[1:])]
         for phase in starts[0] if len(starts) > 1 else ():
-            again = [start[phase] for start in starts[1:] if phase in start]
-            print(f"  executor's start, {phase}: {starts[0][phase]:.1f} s at first, then {median(again):.1f} s")
+            # A line may be missing: processes share the log, and one may write into another's line.
+            if again := [start[phase] for start in starts[1:] if phase in start]:
+                print(f"  executor's start, {phase}: {starts[0][phase]:.1f} s at first, then {median(again):.1f} s")
 
     def end(self, shared_memory: set[str], gpu_mib: int) -> list[str]:
         """Kill the launcher; returns what is left of the engine that should not be."""
