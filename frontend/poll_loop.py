@@ -38,9 +38,10 @@ class PollLoop:
         timeout_ms = None
         if self._timers:
             timeout_ms = int(max(0.0, self._timers[0][0] - now_s()) * 1e3) + 1
-        for source, _ in self._poller.poll(timeout_ms):
-            handler = self._handlers.get(source)  # an earlier handler of this turn may have closed it
-            if handler is not None:
+        ready = [(source, self._handlers[source]) for source, _ in self._poller.poll(timeout_ms)]
+        for source, handler in ready:
+            # An earlier handler of this turn may have closed it, and what it opened may have the same number.
+            if self._handlers.get(source) is handler:
                 handler()
         while self._timers and self._timers[0][0] <= now_s():
             heapq.heappop(self._timers)[2]()
