@@ -348,6 +348,8 @@ class Loop:
         """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
         if not 0 <= hello.rank < self.config.ranks:
             raise ProtocolError(f"rank {hello.rank} of an executor of {self.config.ranks}")
+        if any(other.epoch > hello.epoch for other in self.ranks.values()):
+            return  # of an executor that has ended: its word came late
         self.ranks = {rank: other for rank, other in self.ranks.items() if other.epoch == hello.epoch}
         self.ranks[hello.rank] = hello
         if self.state.attached:

@@ -370,6 +370,16 @@ def test_requests_outlive_an_executor(bench: Bench) -> None:
     assert receive_rows(peer, 4)[-1] == (1, 5, FinishReason.LENGTH)
 
 
+def test_a_late_hello_of_a_dead_executor_changes_nothing(bench: Bench) -> None:
+    bench.replace_scheduler()
+    bench.attach(epoch=2)
+    peer = bench.frontend_peer()
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 1, 2, 17), ExecutorLost(1))
+    assert peer.stats().epoch == 2
+    peer.send(admit(1))
+    assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
+
+
 def test_a_stuck_executor_is_reported(bench: Bench) -> None:
     bench.answering = False
     peer = bench.frontend_peer()
