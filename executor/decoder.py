@@ -119,29 +119,31 @@ class FusedDecoder:
         What was measured for such a model before is read from disk.
         """
         timed = {size: min(size or _MANY_TIMED, max_rows) for size in self.ways}
-        timed = {size: rows for size, rows in timed.items() if _row_class(rows) == size}  # the others have no steps
-        path, keys = (
-            cache_path("decoder", self._head.weight.device),
-            {s: f"{self._name}, {timed[s]} rows" for s in timed},
-        )
+        # The other classes have no steps of decode rows.
+        keys = {size: f"{self._name}, {rows} rows" for size, rows in timed.items() if _row_class(rows) == size}
+        path = cache_path("decoder", self._head.weight.device)
         known = read_choices(path)
-        is_known = all(key in known for key in keys.values())
+        is_known = all(known.get(key) in [asdict(way) for way in self._options(size)] for size, key in keys.items())
         if self._ranks is not None:
             is_known = bool(self._ranks.least(is_known))  # timing is done by all of them or by none
-        for size, rows in timed.items():
+        for size, key in keys.items():
             if not is_known:
-                known[keys[size]] = asdict(self._fastest(forward, size, rows))
-            self.ways[size] = Way(**known[keys[size]])
+                known[key] = asdict(self._fastest(forward, size, timed[size]))
+            self.ways[size] = Way(**known[key])
         if not is_known:
             write_choices(path, known)
 
     def _fastest(self, forward: Callable[[int], torch.Tensor], size: int, rows: int) -> Way:
         seconds = {}
-        for few in (True, False) if self.ways[size].few else (False,):
-            for pdl in {self._has_pdl, False}:
-                way = self.ways[size] = Way(few, pdl)
-                seconds[way] = time_graph(lambda: forward(rows))
+        for way in self._options(size):
+            self.ways[size] = way
+            seconds[way] = time_graph(lambda: forward(rows))
         return min(seconds, key=seconds.__getitem__)
+
+    def _options(self, size: int) -> list[Way]:
+        """The ways that steps of a class can be run."""
+        kinds = (False,) if size == _MANY else (True, False)
+        return [Way(few, pdl) for few in kinds for pdl in {self._has_pdl, False}]
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Write K and V of a step's tokens; logits [rows + scores, vocab] at `inputs.last_index`.
