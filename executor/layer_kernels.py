@@ -47,6 +47,17 @@ def embed_kernel(
 
 
 @triton.jit
+def store_normed(total, gain, x, normed, inside, eps, width: tl.constexpr):
+    """Store a row `total`, float32, at `x`, and at `normed` what its RMS norm makes of it as it was stored."""
+    kind = x.dtype.element_ty
+    rounded = total.to(kind)
+    tl.store(x, rounded, mask=inside)
+    z = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(z * z, 0) / width + eps)
+    tl.store(normed, ((z * scale).to(kind) * gain).to(kind), mask=inside)
+
+
+@triton.jit
 def add_norm_kernel(
     x,  # [rows, width], updated
     y,  # [rows, width]
@@ -66,12 +77,8 @@ def add_norm_kernel(
     inside = lane < width
     at = row * width + lane
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(y + at, mask=inside, other=0.0)
-    rounded = total.to(x.dtype.element_ty)
-    tl.store(x + at, rounded, mask=inside)
-    z = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(z * z, 0) / width + eps)
     g = tl.load(gain + lane, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + at, ((z * scale).to(x.dtype.element_ty) * g).to(x.dtype.element_ty), mask=inside)
+    store_normed(total, g, x + at, normed + at, inside, eps, width)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from executor.layer_kernels import store_normed
+
 
 @triton.jit(do_not_specialize=["partial_at", "flags_at", "patience"])
 def sum_norm_kernel(
@@ -56,8 +58,4 @@ def sum_norm_kernel(
         # Said to be aligned, or rows would be read an element at a time.
         partial = tl.multiple_of((tl.load(addresses + peer) + partial_at).to(tl.pointer_type(kind)), 16)
         summed += tl.load(partial + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-    rounded = (total + summed).to(kind)
-    tl.store(x + at, rounded, mask=inside)
-    z = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(z * z, 0) / width + eps)
-    tl.store(normed + at, ((z * scale).to(kind) * g).to(kind), mask=inside)
+    store_normed(total + summed, g, x + at, normed + at, inside, eps, width)

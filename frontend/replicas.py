@@ -11,14 +11,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 import zmq
 
 from frontend.inflight import Flight
 from frontend.router import Router
-from frontend.session import Session
+from frontend.session import AnswerT, Session
 from frontend.totals import total_stats
 from ipc.auth import ClientKeys
 from ipc.errors import ConfigError, TandemError, UnavailableError
@@ -32,7 +32,6 @@ from ipc.schema import (
     Welcome,
 )
 
-AnswerT = TypeVar("AnswerT", Stats, Invariants)
 _log: Final = logging.getLogger(__name__)
 
 _OTHERS_S: Final = 1.0  # once one replica serves, a new client waits so long for the others

@@ -68,6 +68,12 @@ def sequences_of(prompts: list[list[int]], max_tokens: int = 20) -> list[Sequenc
     return [Sequence(slot, prompt, max_tokens) for slot, prompt in enumerate(prompts)]
 
 
+def outputs_of(config: EngineConfig, executor: ExecutorProcess, prompts: list[list[int]]) -> list[list[int]]:
+    sequences = sequences_of(prompts)
+    Driver(config, executor, 64).run(sequences)
+    return [sequence.output for sequence in sequences]
+
+
 def skip_without(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -185,9 +191,7 @@ def test_a_failed_step_ends_the_process_and_the_next_life_serves(
     executor.start(fault, epoch=2)
     assert executor.wait_ready().epoch == 2
     executor.plans.restart()
-    sequences = sequences_of(prompts[:3])
-    Driver(config, executor, 64).run(sequences)
-    assert [sequence.output for sequence in sequences] == expected[:3]
+    assert outputs_of(config, executor, prompts[:3]) == expected[:3]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -248,9 +252,7 @@ def test_a_step_that_the_device_refuses_ends_the_process_with_the_reason_last(
     executor.start(epoch=2, module="executor")
     executor.wait_ready()
     executor.plans.restart()
-    sequences = sequences_of(prompts[:3])
-    Driver(config, executor, 64).run(sequences)
-    assert [sequence.output for sequence in sequences] == expected[:3]
+    assert outputs_of(config, executor, prompts[:3]) == expected[:3]
 
 
 @pytest.mark.gpu
