@@ -106,6 +106,7 @@ class Loop:
         self.stats_line = StatsLine(now_ns())
         self.stuck_epoch = -1  # the last one reported
         self.ranks: dict[int, ExecutorHello] = {}  # of the newest epoch
+        self.next_epoch = -1  # the one the launcher has told to follow; -1: it has not spoken of any
         self.accusation: ExecutorFaulty | None = None  # until the launcher has replaced that executor
         self.poller = zmq.Poller()
         for waitable in (
@@ -321,9 +322,11 @@ class Loop:
                 if not (0 <= message.epoch < 1 << 31 and 1 < message.num_blocks <= MAX_BLOCKS):
                     raise ProtocolError(f"executor of epoch {message.epoch} with {message.num_blocks} blocks")
                 self._on_rank(message)
-            case ExecutorLost() if message.epoch == state.epoch and state.attached:
-                log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
-                self._detach()
+            case ExecutorLost():
+                self.next_epoch = message.epoch + 1
+                if message.epoch == state.epoch and state.attached:
+                    log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
+                    self._detach()
             case Drain():
                 self._drain(message.abort)
 
@@ -348,7 +351,7 @@ class Loop:
         """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
         if not 0 <= hello.rank < self.config.ranks:
             raise ProtocolError(f"rank {hello.rank} of an executor of {self.config.ranks}")
-        if any(other.epoch > hello.epoch for other in self.ranks.values()):
+        if hello.epoch != self.next_epoch and any(other.epoch > hello.epoch for other in self.ranks.values()):
             return  # of an executor that has ended: its word came late
         self.ranks = {rank: other for rank, other in self.ranks.items() if other.epoch == hello.epoch}
         self.ranks[hello.rank] = hello
