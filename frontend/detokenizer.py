@@ -26,13 +26,12 @@ class ByteStream:
     """For byte-level tokenizers: each token is fixed bytes, so only the last incomplete character is held back."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._bytes_of = tokenizer.token_bytes
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._bytes_of = (tokenizer.shown_bytes_of if skip_special_tokens else tokenizer.bytes_of).__getitem__
         self._utf8 = new_utf8_decoder()
         self._is_between = True  # characters: the decoder holds nothing back
 
     def push(self, ids: Sequence[int], final: bool = False) -> str:
-        data = b"".join([self._bytes_of(token) for token in ids if token not in self._skip])
+        data = b"".join(map(self._bytes_of, ids))
         if self._is_between and data.isascii():
             return data.decode("ascii")  # most tokens, at a third of the cost
         text = self._utf8.decode(data, final)

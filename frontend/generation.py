@@ -6,8 +6,9 @@ what keeps the cost of a token low when many stream. Must never touch a socket.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Final, Protocol
 
 from frontend.assembler import Assembler, Collected
 from frontend.deadlines import Deadlines
@@ -18,6 +19,9 @@ from ipc.errors import TandemError
 from ipc.schema import FinishReason, ModelCard
 
 
+_RUNNING: Final = FinishReason.RUNNING  # looked up once, not for every token
+
+
 class Submitter(Protocol):
     """What a generation needs of a session."""
 
@@ -26,11 +30,13 @@ class Submitter(Protocol):
 
 
 class Sink(Protocol):
-    """Takes chunks without waiting, as long as it is open."""
+    """Where a response may be written to without waiting."""
 
     @property
-    def open(self) -> bool: ...
-    def put(self, chunks: Sequence[Chunk]) -> None: ...
+    def takes_data(self) -> bool:
+        """It has room."""
+
+    def write_part(self, data: bytes) -> None: ...
 
 
 class Generation:
@@ -76,7 +82,6 @@ class Generation:
         self._running = len(self._flights)
         self._early: list[Chunk] = []  # ends that the relay came upon
         self._error: Exception | None = None
-        self._sink: Sink | None = None
         session.submit(self._flights)
 
     async def chunks(self) -> list[Chunk]:
@@ -100,26 +105,24 @@ class Generation:
                     found.append(chunk)
         return found
 
-    def relay_to(self, sink: Sink) -> None:
-        """While the reader waits in `chunks`, give chunks of sequences that go on to `sink` instead, if it is open."""
-        self._sink = sink
-        self._mailbox.relay = self._relay
+    def relay_to(self, sink: Sink, encode: Callable[[Sequence[Chunk]], bytes]) -> None:
+        """While the reader waits in `chunks`, write what is new of sequences that go on to `sink`, if it has room."""
+        self._mailbox.relay = partial(self._relay, sink, encode)
 
-    def _relay(self, flights: Iterable[Flight]) -> bool:
-        """As of a mailbox. The reader gets every end, every fault, and whatever comes while the sink is not open."""
-        assert self._sink is not None, "a relay to nowhere"
-        if not self._sink.open:
+    def _relay(self, sink: Sink, encode: Callable[[Sequence[Chunk]], bytes], flights: Iterable[Flight]) -> bool:
+        """As of a mailbox. The reader gets every end, every fault, and whatever comes while the sink has no room."""
+        if not sink.takes_data:
             return False
         found: list[Chunk] = []
         everything = True
         try:
             for flight in flights:
-                if flight.finish is not FinishReason.RUNNING or flight.error is not None:
+                if flight.finish is not _RUNNING or flight.error is not None:
                     everything = False
                 elif (chunk := self._take(flight)) is not None:
                     (found if chunk.finish_reason is None else self._early).append(chunk)
-            if found:
-                self._sink.put(found)
+            if found and (data := encode(found)):
+                sink.write_part(data)
         except Exception as error:  # the reader's, not the event loop's
             self._error = error
         return everything and not self._early and self._error is None

@@ -47,16 +47,19 @@ class LimitedHttp(HttpToolsProtocol):
         self._refusal: tuple[int, str] | None = None  # what is wrong with the head being parsed
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
+        self.takes_data = False  # the send buffer has room; read for every token, so it is no property
 
     # -- reading
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.takes_data = True
         self._read_within(self.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._read_within(None)
         self.resume_writing()
+        self.takes_data = False
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -131,22 +134,20 @@ class LimitedHttp(HttpToolsProtocol):
 
     # -- writing
 
-    @property
-    def takes_data(self) -> bool:
-        """Part of a DirectBody, which an event stream uses between its head and its end."""
-        return not (self.flow.write_paused or self.transport.is_closing())
-
     def write_part(self, data: bytes) -> None:
+        """Makes it the Sink of a stream, between the head and the end of a response. A closing connection drops it."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.takes_data = False
         self._writing = self.loop.call_later(self.write_timeout_s, self._write_too_slow)
 
     def resume_writing(self) -> None:
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
+        self.takes_data = True
         super().resume_writing()
 
     def _write_too_slow(self) -> None:

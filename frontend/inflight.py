@@ -33,6 +33,25 @@ UNSENT: Final = -1  # request_id before submission
 LogprobRow = tuple[float, int, list[int], list[float]]
 
 
+class Turns:
+    """Relays that are due, all in one callback of the event loop, after whatever else is read in this turn of it."""
+
+    __slots__ = ("_due",)
+
+    def __init__(self) -> None:
+        self._due: list[Mailbox] = []
+
+    def add(self, mailbox: Mailbox) -> None:
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._take)
+        self._due.append(mailbox)
+
+    def _take(self) -> None:
+        due, self._due = self._due, []
+        for mailbox in due:
+            mailbox.turn()
+
+
 class Mailbox:
     """Where the sequences of one user's request report: one reader, woken once for any number of reports.
 
@@ -49,7 +68,8 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
         self._turn_due = False
 
-    def post(self, flight: Flight) -> None:
+    def post(self, flight: Flight, turns: Turns) -> None:
+        """There is news of this flight, for the reader at once or for the relay in its turn."""
         self._ready[flight] = None
         waiter = self._waiter
         if waiter is None or self._turn_due or waiter.done():
@@ -59,9 +79,9 @@ class Mailbox:
         else:
             # Not now: more may come of this flight, or of others, before the loop's other callbacks run.
             self._turn_due = True
-            waiter.get_loop().call_soon(self._turn)
+            turns.add(self)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
         self._turn_due = False
         if self._waiter is None or self._waiter.done():
             return  # the reader is awake, and will look

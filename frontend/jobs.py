@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -28,7 +28,7 @@ _HEADERS: Final = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-DIRECT: Final = "direct"  # in a scope's state: the DirectBody of a server that has one
+DIRECT: Final = "direct"  # in a scope's state: the Sink of a server that has one
 _log: Final = logging.getLogger(__name__)
 
 
@@ -84,21 +84,12 @@ async def run_whole(client: AsyncClient, job: Job) -> bytes:
     return job.shape.whole(choices, usage)
 
 
-class DirectBody(Protocol):
-    """An open response whose body may be written without waiting."""
-
-    @property
-    def takes_data(self) -> bool: ...
-    def write_part(self, data: bytes) -> None: ...
-
-
 class Events:
-    """Writes chunks as events and counts their tokens; the sink of a stream whose connection can be written to."""
+    """Writes chunks as events and counts their tokens."""
 
-    def __init__(self, job: Job, direct: DirectBody | None) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
         self._event = job.shape.event
-        self._direct = direct
         self._cached_tokens = [0] * len(job.prompts)
         self._completion_tokens = 0
 
@@ -111,16 +102,6 @@ class Events:
             data += self._event(chunk.index, chunk)
         return data
 
-    @property
-    def open(self) -> bool:
-        return self._direct is not None and self._direct.takes_data
-
-    def put(self, chunks: Sequence[Chunk]) -> None:
-        assert self._direct is not None, "closed"
-        data = self.of(chunks)
-        if data:
-            self._direct.write_part(data)
-
     def usage(self) -> Usage:
         return make_usage(self._job.prompt_tokens, self._completion_tokens, sum(self._cached_tokens))
 
@@ -129,7 +110,7 @@ class Source(Protocol):
     """Where an event stream comes from: a Generation."""
 
     async def chunks(self) -> list[Chunk]: ...
-    def relay_to(self, sink: Sink) -> None: ...
+    def relay_to(self, sink: Sink, encode: Callable[[Sequence[Chunk]], bytes]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -158,8 +139,8 @@ class EventStream(Response[None]):
         finally:
             self._source.close()
 
-    async def _send_events(self, send: Send, direct: DirectBody | None) -> None:
-        events = Events(self._job, direct)
+    async def _send_events(self, send: Send, direct: Sink | None) -> None:
+        events = Events(self._job)
         data, chunks = self._job.shape.opening(), self._first
         try:
             while chunks:
@@ -168,7 +149,7 @@ class EventStream(Response[None]):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     data = b""
                 if direct is not None and chunks is self._first:
-                    self._source.relay_to(events)
+                    self._source.relay_to(direct, events.of)
                 chunks = await self._source.chunks()
         except TandemError as error:
             ending = error_event(error)

@@ -151,7 +151,7 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
         model=service.client.card.name,
         prompt=ids,
         tool_parser=tools.parser if tools else None,
-        token_bytes=lambda token, text: tokenizer.token_bytes(token) if tokenizer.byte_level else text.encode(),
+        token_bytes=lambda token, text: tokenizer.bytes_of[token] if tokenizer.byte_level else text.encode(),
     )
     with chat_names(asked):
         return await _answer(request, Job([ids], params, shape), stream=bool(asked.stream))

@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import zmq
 
-from frontend.inflight import Flight, LogprobRow, column, finish_reason, logprob_rows
+from frontend.inflight import Flight, LogprobRow, Turns, column, finish_reason, logprob_rows
 from frontend.link import Link
 from ipc.auth import ClientKeys, check_endpoint
 from ipc.clock import now_ns
@@ -113,6 +113,7 @@ class Session:
         self._frames = 0
         self._refusal: TandemError | None = None  # why the last Hello was not welcome
         self._flights: dict[int, Flight] = {}
+        self._turns = Turns()
         self._next_id = 0
         self._aborts: list[int] = []  # ids the scheduler has still to be told of
         self._stops: list[int] = []  # the same, of those that ended well
@@ -312,7 +313,7 @@ class Session:
                 del self._flights[request_id]
             elif not flight.mailbox.each_token:
                 continue
-            flight.mailbox.post(flight)
+            flight.mailbox.post(flight, self._turns)
         if self.on_fan_out is not None:
             self._loop.call_soon(self.on_fan_out, start_ns, len(ids))
 
@@ -333,7 +334,7 @@ class Session:
             if isinstance(error, UnavailableError) and self.on_refused is not None and self.on_refused(flight):
                 return
             flight.error = error
-            flight.mailbox.post(flight)
+            flight.mailbox.post(flight, self._turns)
         elif self.connected and isinstance(error, UnavailableError):
             self._reconnect("does not know this client any more")
         elif self.connected:
@@ -453,7 +454,7 @@ class Session:
         flights, self._flights = self._flights, {}
         for flight in flights.values():
             flight.error = _copy(error)
-            flight.mailbox.post(flight)
+            flight.mailbox.post(flight, self._turns)
 
     def _fail_waiters(self, error: TandemError) -> None:
         for waiters in self._waiters.values():

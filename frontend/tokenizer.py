@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,24 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF: Final = _byte_alphabet()
 
 
+class TokenBytes(dict[int, bytes]):
+    """Token id -> its UTF-8 bytes, for byte-level tokenizers; empty for an id without a text, and for `hidden` ones.
+
+    A dict, filled as tokens are met: it is asked for every token that is served.
+    """
+
+    def __init__(self, backend: Any, hidden: Iterable[int] = ()) -> None:
+        super().__init__(dict.fromkeys(hidden, b""))
+        self._backend = backend
+
+    def __missing__(self, token_id: int) -> bytes:
+        piece = self._backend.id_to_token(token_id) or ""
+        # The ByteLevel decoder takes a piece with a foreign character as it stands: an added token.
+        found = bytes(_BYTE_OF[c] for c in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
+        self[token_id] = found
+        return found
+
+
 class Tokenizer:
     """One model's tokenizer.
 
@@ -50,7 +68,8 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self.special_ids: Final = frozenset(token for token, entry in added.items() if entry.special)
         self._text_of: dict[int, str] = {}
-        self._bytes_of: dict[int, bytes] = {}
+        self.bytes_of: Final = TokenBytes(self._backend)
+        self.shown_bytes_of: Final = TokenBytes(self._backend, hidden=self.special_ids)
         self._anchor: list[int] = self.encode("a", add_special_tokens=False)[-1:]
 
     @classmethod
@@ -155,22 +174,12 @@ class Tokenizer:
         text = self._text_of.get(token_id)
         if text is None:
             if self.byte_level:
-                text = self.token_bytes(token_id).decode("utf-8", "replace")
+                text = self.bytes_of[token_id].decode("utf-8", "replace")
             else:
                 before = self.decode(self._anchor, skip_special_tokens=False)
                 text = self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(before) :]
             self._text_of[token_id] = text
         return text
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 bytes of one token of a byte-level tokenizer; empty for an id without a text."""
-        found = self._bytes_of.get(token_id)
-        if found is None:
-            piece = self._backend.id_to_token(token_id) or ""
-            # The ByteLevel decoder takes a piece with a foreign character as it stands: an added token.
-            found = bytes(_BYTE_OF[c] for c in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
-            self._bytes_of[token_id] = found
-        return found
 
 
 def new_utf8_decoder() -> codecs.IncrementalDecoder:

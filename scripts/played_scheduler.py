@@ -73,7 +73,8 @@ class PlayedScheduler:
         self.written_ns = np.empty(0, np.int64)  # each write of events by a frontend, once they have ended
 
     def _send(self, identity: bytes, message: Message) -> None:
-        self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        with contextlib.suppress(zmq.ZMQError):  # it has left meanwhile
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
         self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:

@@ -93,7 +93,7 @@ def byte_ids(tokenizer: Tokenizer, char: str) -> list[int]:
     if not tokenizer.byte_level:
         return [3 + byte for byte in char.encode()]
     whole = range(tokenizer.vocab_size)
-    return [next(i for i in whole if tokenizer.token_bytes(i) == bytes([byte])) for byte in char.encode()]
+    return [next(i for i in whole if tokenizer.bytes_of[i] == bytes([byte])) for byte in char.encode()]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

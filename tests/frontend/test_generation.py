@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from frontend.generation import Generation
-from frontend.inflight import Flight
+from frontend.inflight import Flight, Turns
 from frontend.request import Chunk, GenerateParams
 from ipc.errors import UnavailableError
 from ipc.schema import FinishReason
@@ -26,6 +26,7 @@ class Engine:
     def __init__(self) -> None:
         self.flights: Sequence[Flight] = ()
         self.stopped: list[Flight] = []
+        self.turns = Turns()
 
     def submit(self, flights: Sequence[Flight]) -> None:
         self.flights = list(flights)
@@ -38,19 +39,24 @@ class Engine:
         flight.tokens.extend(ids)
         if finish is not FinishReason.RUNNING:
             flight.end(finish)
-        flight.mailbox.post(flight)
+        flight.mailbox.post(flight, self.turns)
 
 
 class Sink:
     def __init__(self) -> None:
-        self.open = True
+        self.takes_data = True
         self.chunks: list[Chunk] = []
         self.error: Exception | None = None
 
-    def put(self, chunks: Sequence[Chunk]) -> None:
+    def encode(self, chunks: Sequence[Chunk]) -> bytes:
+        self.written = chunks
+        return b"events"
+
+    def write_part(self, data: bytes) -> None:
         if self.error is not None:
             raise self.error
-        self.chunks += chunks
+        assert data == b"events"
+        self.chunks += self.written
 
     @property
     def text(self) -> str:
@@ -72,7 +78,7 @@ class Scene:
             each_token=True,
             timeout_s=None,
         )
-        self.generation.relay_to(self.sink)
+        self.generation.relay_to(self.sink, self.sink.encode)
         self.reader = asyncio.ensure_future(self.generation.chunks())
 
     async def turn(self) -> None:
@@ -123,7 +129,7 @@ def test_a_sink_that_is_not_open_leaves_all_to_the_reader() -> None:
         await scene.turn()
         scene.engine.say(ids[:2])
         await scene.turn()
-        scene.sink.open = False
+        scene.sink.takes_data = False
         scene.engine.say(ids[2:4])
         (chunk,) = await scene.reader
         assert [c.token_ids for c in scene.sink.chunks] == [tuple(ids[:2])]
