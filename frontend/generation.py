@@ -18,7 +18,6 @@ from frontend.tokenizer import Tokenizer
 from ipc.errors import TandemError
 from ipc.schema import FinishReason, ModelCard
 
-
 _RUNNING: Final = FinishReason.RUNNING  # looked up once, not for every token
 
 
