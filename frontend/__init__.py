@@ -2,6 +2,7 @@
 
 from frontend.client import AsyncClient, Client
 from frontend.request import Choice, Chunk, Completion, GenerateParams, TokenLogprob
+from frontend.session import Patience
 from frontend.structured import StructuredOutputs
 from frontend.tokenizer import Tokenizer
 
@@ -12,6 +13,7 @@ __all__ = [
     "Client",
     "Completion",
     "GenerateParams",
+    "Patience",
     "StructuredOutputs",
     "TokenLogprob",
     "Tokenizer",

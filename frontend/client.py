@@ -19,10 +19,11 @@ from typing import Any, Final, TypeVar
 from frontend.generation import Generation, collect
 from frontend.replicas import Replicas
 from frontend.request import Chunk, Completion, GenerateParams
+from frontend.session import PATIENCE, Patience
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
 from ipc.errors import ModelError, TandemError, UnavailableError
-from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, RECONNECT_LIMIT_S, Invariants, ModelCard, Stats, Welcome
+from ipc.schema import Invariants, ModelCard, Stats, Welcome
 
 _log: Final = logging.getLogger(__name__)
 
@@ -47,15 +48,13 @@ class AsyncClient:
         *,
         name: str = "client",
         tokenizer: Tokenizer | None = None,
-        heartbeat_s: float = HEARTBEAT_S,
-        heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
-        reconnect_limit_s: float = RECONNECT_LIMIT_S,
+        patience: Patience = PATIENCE,
         auth_keys: str | Path | None = None,
         on_frame: Callable[[int], object] | None = None,
         request_timeout_s: float | None = None,
         queue_timeout_s: float | None = None,
     ) -> None:
-        """Requests survive a scheduler that comes back within `reconnect_limit_s`.
+        """Requests survive a scheduler that comes back within `patience.reconnect_limit_s`.
 
         `auth_keys`: the client's key folder, for a tcp endpoint; raises ConfigError if it is not usable. `on_frame`:
         see Replicas. `request_timeout_s`: for requests that bring no `timeout_s`. `queue_timeout_s`: how long any may
@@ -63,7 +62,7 @@ class AsyncClient:
         """
         self._request_timeout_s, self._queue_timeout_s = request_timeout_s, queue_timeout_s
         keys = None if auth_keys is None else load_client_keys(Path(auth_keys))
-        self._replicas = Replicas(endpoint, name, heartbeat_s, heartbeat_limit_s, reconnect_limit_s, keys, on_frame)
+        self._replicas = Replicas(endpoint, name, patience, keys, on_frame)
         self._tokenizer = tokenizer
         self._no_tokenizer: ModelError | None = None
 

@@ -17,20 +17,13 @@ import msgspec
 import zmq
 
 from frontend.inflight import Flight
+from frontend.questions import AnswerT
 from frontend.router import Router
-from frontend.session import AnswerT, Session
+from frontend.session import PATIENCE, Patience, Session
 from frontend.totals import total_stats
 from ipc.auth import ClientKeys
 from ipc.errors import ConfigError, TandemError, UnavailableError
-from ipc.schema import (
-    HEARTBEAT_LIMIT_S,
-    HEARTBEAT_S,
-    RECONNECT_LIMIT_S,
-    Invariants,
-    Member,
-    Stats,
-    Welcome,
-)
+from ipc.schema import Invariants, Member, Stats, Welcome
 
 _log: Final = logging.getLogger(__name__)
 
@@ -45,9 +38,7 @@ class Replicas:
         self,
         endpoint: str,
         name: str,
-        heartbeat_s: float = HEARTBEAT_S,
-        heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
-        reconnect_limit_s: float = RECONNECT_LIMIT_S,
+        patience: Patience = PATIENCE,
         keys: ClientKeys | None = None,
         on_frame: Callable[[int], object] | None = None,
     ) -> None:
@@ -56,9 +47,7 @@ class Replicas:
         self._make_session = partial(
             Session,
             name=name,
-            heartbeat_s=heartbeat_s,
-            heartbeat_limit_s=heartbeat_limit_s,
-            reconnect_limit_s=reconnect_limit_s,
+            patience=patience,
             keys=keys,
             on_frame=None if on_frame is None else self._count_frame,
         )

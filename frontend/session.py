@@ -1,8 +1,7 @@
-"""One connection to a scheduler: the handshake, heartbeats, and the table of open sequences.
+"""One connection to a scheduler: the handshake, heartbeats, and what becomes of open sequences when it is lost.
 
-Owned by a client's Replicas and used from its event loop only. Tokens go from the frame into the sequence they belong
-to. Must never decode text, and never block: a send that would is an UnavailableError. The other end may turn out to be
-a directory, which sends Members and takes no sequence.
+Owned by a client's Replicas and used from its event loop only. Must never decode text, and never block: a send that
+would is an UnavailableError. The other end may turn out to be a directory, which sends Members and takes no sequence.
 
 A socket that loses its peer, or hears nothing for a while, is thrown away with all that is queued in it. The new one
 says Hello under a new identity, and once it is welcome every open sequence is admitted again with the tokens it has: a
@@ -18,13 +17,15 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final
 
-import numpy as np
 import zmq
 
-from frontend.inflight import Flight, LogprobRow, Turns, column, finish_reason, logprob_rows
+from frontend.flights import Flights
+from frontend.inflight import Flight
 from frontend.link import Link
+from frontend.questions import AnswerT, Questions
 from ipc.auth import ClientKeys, check_endpoint
 from ipc.clock import now_ns
 from ipc.errors import (
@@ -41,7 +42,6 @@ from ipc.schema import (
     RECONNECT_LIMIT_S,
     Abort,
     Draining,
-    FinishReason,
     FrontendMessage,
     GetInvariants,
     GetStats,
@@ -60,14 +60,23 @@ from ipc.schema import (
     encode,
 )
 
-AnswerT = TypeVar("AnswerT", Stats, Invariants)
 _log: Final = logging.getLogger(__name__)
 
 _GOODBYE_MS: Final = 200  # how long closing waits for the last message to leave
 _RETRY_S: Final = 0.01  # until a full socket is tried again
-_RUNNING: Final = int(FinishReason.RUNNING)
-_LENGTH: Final = int(FinishReason.LENGTH)
 _PEER: Final = -1  # the request_id of a Rejected that is about this peer itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How often to be heard of, and how long to wait for the other end."""
+
+    heartbeat_s: float = HEARTBEAT_S
+    heartbeat_limit_s: float = HEARTBEAT_LIMIT_S  # of silence; then the connection is made anew
+    reconnect_limit_s: float = RECONNECT_LIMIT_S  # without a connection; then open sequences fail
+
+
+PATIENCE: Final = Patience()
 
 
 class Session:
@@ -83,9 +92,7 @@ class Session:
         self,
         endpoint: str,
         name: str,
-        heartbeat_s: float = HEARTBEAT_S,
-        heartbeat_limit_s: float = HEARTBEAT_LIMIT_S,
-        reconnect_limit_s: float = RECONNECT_LIMIT_S,
+        patience: Patience = PATIENCE,
         keys: ClientKeys | None = None,
         on_frame: Callable[[int], object] | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
@@ -104,21 +111,19 @@ class Session:
         self.on_load: Callable[[int, int, int], None] | None = None
         self.on_refused: Callable[[Flight], bool] | None = None
         self._shared_context = context
-        self._heartbeat_s = heartbeat_s
-        self._max_silent_beats = math.ceil(heartbeat_limit_s / heartbeat_s)
-        self._max_lost_beats = math.ceil(reconnect_limit_s / heartbeat_s)
+        self._heartbeat_s = patience.heartbeat_s
+        self._max_silent_beats = math.ceil(patience.heartbeat_limit_s / patience.heartbeat_s)
+        self._max_lost_beats = math.ceil(patience.reconnect_limit_s / patience.heartbeat_s)
         self._silent_beats = 0  # since this socket last heard anything
         self._lost_beats = 0  # since the connection was lost
         self._on_frame = on_frame
         self._frames = 0
         self._refusal: TandemError | None = None  # why the last Hello was not welcome
-        self._flights: dict[int, Flight] = {}
-        self._turns = Turns()
-        self._next_id = 0
+        self._flights = Flights()
         self._aborts: list[int] = []  # ids the scheduler has still to be told of
         self._stops: list[int] = []  # the same, of those that ended well
         self._replays: deque[Flight] = deque()  # open sequences it has still to be told of
-        self._waiters: dict[type[Stats | Invariants], list[asyncio.Future[Any]]] = {Stats: [], Invariants: []}
+        self._questions = Questions()
         self.on_fan_out: Callable[[int, int], None] | None = None  # (start, rows), once readers have had their turn
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -180,8 +185,8 @@ class Session:
         if self._beats is not None:
             self._beats.cancel()
         error = error or CancelledError("the client was closed")
-        self._fail_all(error)
-        self._fail_waiters(error)
+        self._flights.fail_all(error)
+        self._questions.fail(error)
         self._offer(Goodbye())
         self._link.close(_GOODBYE_MS)
         self.connected = False
@@ -201,19 +206,14 @@ class Session:
             raise UnavailableError("the engine is still starting")
         flights = list(flights)
         for flight in flights:
-            self._register(flight)
+            self._flights.add(flight, home=self)
             if self._replays or not self._offer(flight.admit()):
                 self.abort(flights)
                 raise UnavailableError("the scheduler takes no more messages just now")
 
-    def _register(self, flight: Flight) -> None:
-        self._next_id += 1
-        flight.request_id, flight.home = self._next_id, self
-        self._flights[flight.request_id] = flight
-
     def release(self) -> list[Flight]:
         """Give up all that is open here, to be adopted elsewhere."""
-        flights = list(self._flights.values())
+        flights = list(self._flights)
         self._replays.clear()
         self.abort(flights)
         return flights
@@ -221,14 +221,14 @@ class Session:
     def adopt(self, flights: Iterable[Flight]) -> None:
         """Continue sequences that another session released; if this one is away they wait for it."""
         for flight in flights:
-            self._register(flight)
+            self._flights.add(flight, home=self)
             self._replays.append(flight)
         self._flush()
 
     def abort(self, flights: Iterable[Flight], *, stopped: bool = False) -> None:
         """End sequences early; those that ended already are left alone. `stopped`: a stop string was found."""
         for flight in flights:
-            if self._flights.pop(flight.request_id, None) is not None:
+            if self._flights.pop(flight.request_id) is not None:
                 (self._stops if stopped else self._aborts).append(flight.request_id)
         if (self._aborts or self._stops) and not self._flush_due and self._link.is_open:
             self._flush_due = True
@@ -243,18 +243,9 @@ class Session:
         return await self._ask(GetInvariants(), Invariants, timeout_s)
 
     async def _ask(self, question: FrontendMessage, kind: type[AnswerT], timeout_s: float) -> AnswerT:
-        waiter: asyncio.Future[AnswerT] = asyncio.get_running_loop().create_future()
-        waiters = self._waiters[kind]
-        waiters.append(waiter)
-        try:
-            if not self.connected or not self._offer(question):
-                raise UnavailableError(f"the scheduler at {self.endpoint} does not answer")
-            async with asyncio.timeout(timeout_s):
-                return await waiter
-        except TimeoutError as error:
-            raise UnavailableError(f"the scheduler sent no {kind.__name__} within {timeout_s} s") from error
-        finally:
-            waiters.remove(waiter)
+        if not self.connected or not self._offer(question):
+            raise UnavailableError(f"the scheduler at {self.endpoint} does not answer")
+        return await self._questions.answer_to(kind, timeout_s)
 
     def _connect(self) -> None:
         assert self._context is not None, "connected after close"
@@ -274,71 +265,33 @@ class Session:
             self._HANDLERS[type(message)](self, message)
         except Exception as error:  # tokens may be lost, so no stream may go on as if none were
             _log.exception("lost step with the scheduler at %s", self.endpoint)
-            self._fail_all(error if isinstance(error, TandemError) else TandemError("internal error"))
+            self._flights.fail_all(error if isinstance(error, TandemError) else TandemError("internal error"))
             self._reconnect("sent what cannot be used")
 
     def _on_tokens(self, frame: Tokens) -> None:
         self._frames += 1
         if self._on_frame is not None:
             self._on_frame(self._frames)
-        for request_id, cached in zip(
-            column(frame.started_id, np.int64), column(frame.started_cached, np.int32), strict=True
-        ):
-            started = self._flights.get(request_id)
-            if started is not None:
-                started.start(cached)
         if self.on_load is not None and frame.running >= 0:
             self.on_load(frame.running, frame.waiting, frame.queued_tokens)
-        if frame.scores is not None:
-            self._on_scores(column(frame.scored_id, np.int64), logprob_rows(frame.scores))
-        logprobs = {} if frame.logprobs is None else logprob_rows(frame.logprobs)
-        ids, tokens = column(frame.request_id, np.int64), column(frame.token, np.int32)
-        finishes = column(frame.finish, np.uint8)
         start_ns = 0 if self.on_fan_out is None else now_ns()
-        if not len(ids) == len(tokens) == len(finishes):
-            raise ProtocolError(f"a Tokens frame of {len(ids)} ids, {len(tokens)} tokens, {len(finishes)} states")
-        for row, request_id in enumerate(ids):
-            flight = self._flights.get(request_id)
-            if flight is None:
-                continue  # aborted here while the frame was on its way
-            finish = finishes[row]
-            if finish <= _LENGTH:
-                flight.tokens.append(tokens[row])
-                if flight.logprobs is not None:
-                    if row not in logprobs:
-                        raise ProtocolError(f"no logprobs in row {row} of a request that asked for them")
-                    flight.logprobs.append(logprobs[row])
-            if finish != _RUNNING:
-                flight.end(finish_reason(finish))
-                del self._flights[request_id]
-            elif not flight.mailbox.each_token:
-                continue
-            flight.mailbox.post(flight, self._turns)
+        rows = self._flights.take(frame)
         if self.on_fan_out is not None:
-            self._loop.call_soon(self.on_fan_out, start_ns, len(ids))
-
-    def _on_scores(self, ids: list[int], rows: dict[int, LogprobRow]) -> None:
-        if list(rows) != list(range(len(ids))):
-            raise ProtocolError(f"{len(rows)} scores of {len(ids)} prompt tokens")
-        for row, request_id in enumerate(ids):
-            flight = self._flights.get(request_id)
-            if flight is not None:
-                flight.prompt_logprobs.append(rows[row])
+            self._loop.call_soon(self.on_fan_out, start_ns, rows)
 
     def _on_rejected(self, message: Rejected) -> None:
         error = from_code(message.code, message.message, message.param)
         if message.request_id != _PEER:
-            flight = self._flights.pop(message.request_id, None)
+            flight = self._flights.pop(message.request_id)
             if flight is None:
                 return
             if isinstance(error, UnavailableError) and self.on_refused is not None and self.on_refused(flight):
                 return
-            flight.error = error
-            flight.mailbox.post(flight, self._turns)
+            self._flights.fail(flight, error)
         elif self.connected and isinstance(error, UnavailableError):
             self._reconnect("does not know this client any more")
         elif self.connected:
-            self._fail_all(error)
+            self._flights.fail_all(error)
             self._reconnect("refused this client")
         else:
             self._refusal = error
@@ -361,7 +314,7 @@ class Session:
                 self.connected = True
                 self.draining = False
                 self._aborts, self._stops = [], []
-                self._replays = deque(self._flights.values())
+                self._replays = deque(self._flights)
                 self._flush()
         self._notify()
 
@@ -376,12 +329,10 @@ class Session:
         self._set_draining(message.draining)
         if self.on_load is not None:
             self.on_load(message.running, message.waiting, message.queued_tokens)
-        self._answer(message)
+        self._questions.answered(message)
 
-    def _answer(self, message: Stats | Invariants) -> None:
-        for waiter in self._waiters[type(message)]:
-            if not waiter.done():
-                waiter.set_result(message)
+    def _on_invariants(self, message: Invariants) -> None:
+        self._questions.answered(message)
 
     def _on_draining(self, message: Draining) -> None:
         self._set_draining(True)
@@ -400,7 +351,7 @@ class Session:
         Rejected: _on_rejected,
         Welcome: _on_welcome,
         Stats: _on_stats,
-        Invariants: _answer,
+        Invariants: _on_invariants,
         Draining: _on_draining,
         Paused: _on_paused,
         Members: _on_members,
@@ -413,7 +364,7 @@ class Session:
             return
         while self._replays:
             flight = self._replays[0]
-            if self._flights.get(flight.request_id) is flight and not self._offer(flight.admit(replay=True)):
+            if flight in self._flights and not self._offer(flight.admit(replay=True)):
                 self._flush_due = True
                 self._loop.call_later(_RETRY_S, self._flush)
                 return
@@ -433,7 +384,7 @@ class Session:
                 self._offer(Heartbeat(now_ns()))
             if self._lost_beats > self._max_lost_beats:
                 self._lost_beats = 0
-                self._fail_all(UnavailableError(f"the scheduler at {self.endpoint} does not answer"))
+                self._flights.fail_all(UnavailableError(f"the scheduler at {self.endpoint} does not answer"))
             if self._silent_beats > self._max_silent_beats:
                 self._reconnect("does not answer")
 
@@ -444,25 +395,7 @@ class Session:
         self.connected = False
         self._aborts, self._stops = [], []
         self._replays.clear()
-        self._fail_waiters(UnavailableError(f"the scheduler at {self.endpoint} {why}"))
+        self._questions.fail(UnavailableError(f"the scheduler at {self.endpoint} {why}"))
         self._link.close()
         self._connect()
         self._notify()
-
-    def _fail_all(self, error: TandemError) -> None:
-        """End every open sequence with `error`."""
-        flights, self._flights = self._flights, {}
-        for flight in flights.values():
-            flight.error = _copy(error)
-            flight.mailbox.post(flight, self._turns)
-
-    def _fail_waiters(self, error: TandemError) -> None:
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(_copy(error))
-
-
-def _copy(error: TandemError) -> TandemError:
-    """One exception for each that raises it: a traceback belongs to one raise."""
-    return type(error)(error.message, param=error.param)

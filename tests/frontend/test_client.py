@@ -145,7 +145,7 @@ def test_a_reader_that_lags_gets_several_tokens_in_one_chunk(tokenizer: Tokenize
         assert (await first).token_ids == (ids[0],)
         for token in ids[1:]:
             scheduler.send(tokens([(admit.request_id, token, RUNNING)]))
-        flight = client._replicas.sessions[0]._flights[admit.request_id]
+        (flight,) = client._replicas.sessions[0]._flights
         while len(flight.tokens) < len(ids):
             await asyncio.sleep(0.005)
         assert (await anext(stream)).token_ids == tuple(ids[1:])

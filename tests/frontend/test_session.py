@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from frontend.inflight import Flight, Mailbox
-from frontend.session import Session
+from frontend.session import Patience, Session
 from ipc.errors import (
     CancelledError,
     CrashedExecutorError,
@@ -50,8 +50,8 @@ def run(work: Coroutine[Any, Any, Any]) -> None:
     asyncio.run(bounded())
 
 
-async def opened(scheduler: ScriptedScheduler, **options: Any) -> Session:
-    session = Session(scheduler.endpoint, "test", **options)
+async def opened(scheduler: ScriptedScheduler, **patience: float) -> Session:
+    session = Session(scheduler.endpoint, "test", Patience(**patience))
     await session.open(WAIT_S, wait_ready=True)
     return session
 
