@@ -66,7 +66,7 @@ class Executor:
         self._fault = read_fault("executor", channels.epoch)
         self._trace = open_trace(channels.trace)
         self._error: BaseException | None = None
-        self._device = open_device(config, channels.rank)
+        self._device = open_device(config, channels.place)
         self._ranks = open_ranks(config, channels, self._device)
         self._profile = read_profile(self._device) if channels.rank == 0 else None
         self._watch = CompileWatch()
@@ -198,15 +198,15 @@ class Executor:
         self._wire.stop()
 
 
-def open_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of this rank, made current. Raises ConfigError if there is none."""
+def open_device(config: EngineConfig, place: int) -> torch.device:
+    """The device of the rank at this place of its node, made current. Raises ConfigError if there is none."""
     if config.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA device is available", param="--device")
-    if rank >= torch.cuda.device_count():
-        raise ConfigError(f"rank {rank} has no device: {torch.cuda.device_count()} visible", param="--device")
-    device = torch.device("cuda", rank)
+    if place >= torch.cuda.device_count():
+        raise ConfigError(f"rank {place} here has no device: {torch.cuda.device_count()} visible", param="--device")
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
 

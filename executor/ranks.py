@@ -1,13 +1,18 @@
 """The ranks of one executor as one of them sees them: what they sum and gather on the device, what they agree on.
 
-Owns the process group. Opened by the executor process before the model is loaded; used by the shards of the model on
-the compute stream. Every rank runs the same plans, so each call here is met by the same call of all others; one that
-dies leaves them waiting or raises in them, and the launcher ends them all.
+Owns the process group: NCCL between GPUs, gloo between CPUs; on one host by its loopback interface, else by the one
+that leads to rank 0. Opened by the executor process before the model is loaded; used by the shards of the model on the
+compute stream. Every rank runs the same plans, so each call here is met by the same call of all others; one that dies
+leaves them waiting or raises in them, and the launcher ends them all.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
@@ -19,6 +24,7 @@ from ipc.config import EngineConfig, ExecutorChannels
 
 # Of rendezvous, and of what runs eagerly at start. A step that hangs is the watchdog's.
 _LIMIT: Final = timedelta(minutes=10)
+_SIOCGIFADDR: Final = 0x8915  # of Linux: the IPv4 address of an interface
 _HANDLE: Final = "tandem_ranks"  # attribute of a handle: the Ranks it stands for
 
 _TORCH_LIBRARY: Final[Any] = torch.library  # untyped
@@ -27,16 +33,15 @@ _OPERATORS: Final = _TORCH_LIBRARY.Library("tandem", "FRAGMENT")
 
 
 class Ranks:
-    """This rank and its peers on one host. NCCL between GPUs, gloo over the loopback interface between CPUs."""
+    """This rank and its peers."""
 
-    def __init__(self, rank: int, size: int, rendezvous: int, device: torch.device) -> None:
-        """`rendezvous`: a memory file that all of them hold, empty before the first one opens it."""
+    def __init__(self, rank: int, size: int, rendezvous: int, device: torch.device, store: str = "") -> None:
+        """`rendezvous`: a memory file that all of them hold, empty before the first one opens it. With `store`,
+        HOST:PORT, they are on several hosts, and it is rank 0's listener there."""
         self.rank, self.size, self.device = rank, size, device
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo")  # they are on one host: nothing listens beyond it
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_DIST.FileStore(f"/proc/self/fd/{rendezvous}", size),
+            store=_open_tcp(store, rank, size, rendezvous) if store else _open_file(rendezvous, size),
             rank=rank,
             world_size=size,
             timeout=_LIMIT,
@@ -72,7 +77,43 @@ class Ranks:
 
 def open_ranks(config: EngineConfig, channels: ExecutorChannels, device: torch.device) -> Ranks | None:
     """None for an executor of one rank."""
-    return None if config.ranks == 1 else Ranks(channels.rank, config.ranks, channels.rendezvous, device)
+    if config.ranks == 1:
+        return None
+    return Ranks(channels.rank, config.ranks, channels.rendezvous, device, channels.store)
+
+
+def _open_file(fd: int, size: int) -> Any:
+    _talk_by("lo")  # nothing listens beyond the host
+    return _DIST.FileStore(f"/proc/self/fd/{fd}", size)
+
+
+def _open_tcp(store: str, rank: int, size: int, listener: int) -> Any:
+    host, _, port = store.rpartition(":")
+    host = host.strip("[]")
+    _talk_by(_interface_to(host, int(port)))
+    own = None if rank else listener
+    return _DIST.TCPStore(host, int(port), size, rank == 0, _LIMIT, master_listen_fd=own)
+
+
+def _talk_by(interface: str) -> None:
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
+        os.environ.setdefault(variable, interface)
+
+
+def _interface_to(host: str, port: int) -> str:
+    """The network interface by which this host reaches that one; "" if it has no IPv4 address, or none is found."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))  # sends nothing
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # it has no address
+                    found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                    if found[20:24] == own:
+                        return name
+    except OSError:
+        pass
+    return ""
 
 
 def _sum(x: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,12 @@ class Wire:
 
     def __init__(self, channels: ExecutorChannels) -> None:
         self._channels = channels
-        self.plans = RingReader(channels.plan_ring, channels.rank)
+        self.plans = RingReader(channels.plan_ring, channels.place)
         self.results = RingWriter(channels.result_ring)
         self._plan_bell, self._result_bell = Doorbell(channels.plan_bell), Doorbell(channels.result_bell)
         self._next_result = self.results.head + 1
         self.publishes = channels.rank == 0  # the ring has one writer: what other ranks compute goes nowhere
+        self._is_elsewhere = channels.rank != channels.place  # on another node than the scheduler
         self._scratch = np.zeros(self.results.slot_bytes, np.uint8)
         self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._control: zmq.Socket[bytes] | None = None
@@ -97,6 +98,7 @@ class Wire:
                 self.corrupt_next = False
             self.results.publish(result_seq)
         self.plans.ack(plan_seq)
-        # A rank that lags fills the ring while results go on: then the scheduler waits for this slot.
-        if self.publishes or self.plans.head - plan_seq >= self.plans.slots - 1:
+        # A rank that lags fills the ring while results go on: then the scheduler waits for this slot. One that is not
+        # here sees no acks, it must be told of each.
+        if self.publishes or self._is_elsewhere or self.plans.head - plan_seq >= self.plans.slots - 1:
             self._result_bell.ring()

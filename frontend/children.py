@@ -1,4 +1,4 @@
-"""Child processes of the launcher: how one is started, and what it last said. Used by the supervisor only."""
+"""Child processes of a launcher: which there are, how one is started, and what it last said."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -19,6 +20,31 @@ _TAIL_BYTES: Final = 32 << 10
 TRACEBACK: Final = "Traceback (most recent call last):"
 _READ_BYTES: Final = 64 << 10
 NO_REPLICA: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One kind of process: the module that is its entry, and how many of it there are, in each replica if it is its."""
+
+    module: str
+    count: int
+    last: str = ""  # the module of the last one, if it is another
+
+
+def engine_roles(
+    frontends: int, *, ranks: int = 1, relay: bool = False, fake_executor: bool = False
+) -> dict[str, Role]:
+    """The processes of an engine in the order of their start; they stop in the opposite order. `ranks`: here; a relay
+    stands for those on other nodes, and lives and dies as one of them."""
+    return {
+        "scheduler": Role("scheduler", 1),
+        "executor": Role(executor_module(fake_executor), ranks + relay, "executor.relay" if relay else ""),
+        "frontend": Role("frontend", frontends),
+    }
+
+
+def executor_module(fake: bool) -> str:
+    return "executor.fake" if fake else "executor"
 
 
 class Child:

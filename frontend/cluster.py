@@ -20,7 +20,7 @@ from typing import Any, Final
 from frontend import flags, model_files
 from frontend.autoscaler import Load, Scale
 from frontend.digests import ENVIRONMENT
-from frontend.host import CONFIG, Host, Part, Program, write_private
+from frontend.host import CONFIG, FIRST_HOST, FIRST_PORT, Host, Part, Program, actor_options, write_private
 from frontend.replica import say
 from frontend.replicas import Replicas
 from ipc.auth import load_client_keys, make_client_keys, make_server_keys
@@ -46,12 +46,13 @@ class Placed:
 
 
 def make_keys(folder: Path) -> dict[str, dict[str, bytes]]:
-    """New keys for one cluster: files of the directory, "engine", and of "replica", "frontend" and "launcher"."""
+    """New keys for one cluster: files of the directory, "engine", and of each kind of client."""
     engine = folder / "engine"
     make_server_keys(engine)
-    for name in ("replica", "frontend", "launcher"):
+    clients = ("replica", "replica-node", "frontend", "launcher")
+    for name in clients:
         make_client_keys(engine, name, folder / name)
-    found = {name: _read(folder / name) for name in ("engine", "replica", "frontend", "launcher")}
+    found = {name: _read(folder / name) for name in ("engine", *clients)}
     found["replica"] = found["engine"] | found["replica"]  # a server to frontends, a client of the directory
     return found
 
@@ -60,21 +61,28 @@ def _read(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def replica_part(options: flags.Options, keys: dict[str, bytes], directory: str) -> Part:
-    """A launcher with one replica that joins `directory`."""
+def replica_part(
+    options: flags.Options, keys: dict[str, dict[str, bytes]], directory: str, nodes: int, needs: dict[str, float]
+) -> Part:
+    """A launcher with one replica that joins `directory`, on so many nodes, each of which needs as much."""
     config = flags.as_yaml(_of_one_node(options)).encode()
-    return Part(
-        "launch",
-        (
-            *("--config", f"{{folder}}/{CONFIG}", "--join", directory, "--frontend-endpoint", "tcp://{address}:0"),
-            *("--auth-keys", f"{{folder}}/{_KEYS}", "--data-parallel-size", "1", "--frontends", "0"),
-        ),
-        {CONFIG: config, **_under_keys(keys)},
-        options.shutdown_timeout,
-    )
+    common = ["--config", f"{{folder}}/{CONFIG}", "--auth-keys", f"{{folder}}/{_KEYS}", "--data-parallel-size", "1"]
+    common += ["--frontends", "0"]
+    first, further = ["--join", directory, "--frontend-endpoint", "tcp://{address}:0"], []
+    if nodes > 1:
+        common += ["--nnodes", str(nodes)]
+        first += ["--master-addr", "{address}", "--master-port", "0"]
+        further += ["--master-addr", FIRST_HOST, "--master-port", FIRST_PORT]
+
+    def part(arguments: list[str], whose: str, *others: Part) -> Part:
+        files = {CONFIG: config, **_under_keys(keys[whose])}
+        return Part("launch", (*common, *arguments), files, options.shutdown_timeout, needs, others)
+
+    others = [part([*further, "--node-rank", str(node)], "replica-node") for node in range(1, nodes)]
+    return part(first, "replica", *others)
 
 
-def frontend_part(options: flags.Options, keys: dict[str, bytes], directory: str) -> Part:
+def frontend_part(options: flags.Options, keys: dict[str, bytes], directory: str, needs: dict[str, float]) -> Part:
     """An HTTP server that finds the replicas at `directory`."""
     files, arguments = _under_keys(keys), [options.model, "--connect", directory]
     arguments += ["--auth-keys", f"{{folder}}/{_KEYS}", "--host", options.host, "--port", str(options.port)]
@@ -90,7 +98,7 @@ def frontend_part(options: flags.Options, keys: dict[str, bytes], directory: str
     if options.chat_template is not None:
         files[_TEMPLATE] = Path(options.chat_template).read_bytes()
         arguments += ["--chat-template", f"{{folder}}/{_TEMPLATE}"]
-    return Part("process", tuple(arguments), files, options.shutdown_timeout)
+    return Part("process", tuple(arguments), files, options.shutdown_timeout, needs)
 
 
 def _of_one_node(options: flags.Options) -> flags.Options:
@@ -102,6 +110,7 @@ def _of_one_node(options: flags.Options) -> flags.Options:
         max_frontends=None,
         api_key_file=None,
         chat_template=None,
+        nnodes=None,
         port=0,
     )
 
@@ -119,19 +128,24 @@ def _api_keys(options: flags.Options) -> bytes:
     return b"\n".join(filter(None, (found, own)))
 
 
-def resources(options: flags.Options, nodes: list[dict[str, Any]]) -> dict[str, float]:
-    """What one replica needs of its node. Raises ConfigError if no node has it: its ranks share memory."""
+def resources(options: flags.Options, nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
+    """On how many nodes a replica is, the fewest that have GPUs for its ranks, and what it needs of each.
+
+    Raises ConfigError if no node has that.
+    """
     ranks = options.tensor_parallel_size
     most = max((int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]), default=0)
     if options.device == "cpu" or options.fake_executor or (options.device == "auto" and not most):
-        return {"CPU": 1.0}
-    if most < ranks:
+        return options.nnodes or 1, {"CPU": 1.0}
+    even = (n for n in range(1, ranks + 1) if ranks % n == 0 and ranks // n <= most)
+    count = options.nnodes or next(even, 1)
+    here = ranks // count
+    if here > most:
         raise ConfigError(
-            f"a replica's {ranks} ranks share the memory of one node, and no node of the cluster has more than {most} "
-            "GPUs",
+            f"{ranks} ranks on {count} nodes need {here} GPUs of each, and no node of the cluster has more than {most}",
             param="--tensor-parallel-size",
         )
-    return {"CPU": 1.0 + ranks, "GPU": float(ranks)}
+    return count, {"CPU": 1.0 + here, "GPU": float(here)}
 
 
 class Cluster:
@@ -142,7 +156,7 @@ class Cluster:
         self._options = options
         self._folder = folder
         self._keys = make_keys(folder)
-        self._resources = resources(options, ray.nodes())
+        self._nodes, self._resources = resources(options, ray.nodes())
         declared = any(_FRONTEND in node["Resources"] for node in ray.nodes() if node["Alive"])
         self._frontend_needs = {_FRONTEND: 1.0} if declared else {"CPU": 1.0}
         self._host: Any = ray.remote(Host)
@@ -229,33 +243,26 @@ class Cluster:
         return [place for places in found for place in places if place.startswith("http")]
 
     async def _add_replica(self) -> list[str]:
-        """One more replica, where Ray finds room for all of its ranks on one node."""
-        group = self._ray.util.placement_group([self._resources], strategy="STRICT_PACK")
+        """One more replica, where Ray finds room for all of its ranks: a bundle for each of its nodes."""
+        bundles, how = [self._resources] * self._nodes, "STRICT_PACK" if self._nodes == 1 else "STRICT_SPREAD"
+        group = self._ray.util.placement_group(bundles, strategy=how)
         placed = Placed(None, group)
         self._replicas.append(placed)
         await self._patiently(group.ready(), "the cluster has no room for a replica yet")
-        strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group)
-        placed.actor = self._actor(
-            replica_part(self._options, self._keys["replica"], self._endpoint), strategy, self._resources
-        )
+        strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, 0)
+        part = replica_part(self._options, self._keys, self._endpoint, self._nodes, self._resources)
+        placed.actor = self._actor(part, strategy)
         return await self._places(placed, self._replicas)
 
     async def _add_frontend(self) -> list[str]:
         """One more frontend, on whatever node has the fewest."""
-        part = frontend_part(self._options, self._keys["frontend"], self._endpoint)
-        placed = Placed(self._actor(part, "SPREAD", self._frontend_needs))
+        part = frontend_part(self._options, self._keys["frontend"], self._endpoint, self._frontend_needs)
+        placed = Placed(self._actor(part, "SPREAD"))
         self._frontends.append(placed)
         return await self._places(placed, self._frontends)
 
-    def _actor(self, part: Part, strategy: Any, needs: dict[str, float]) -> Any:
-        return self._host.options(
-            num_cpus=needs.get("CPU", 0),
-            num_gpus=needs.get("GPU", 0),
-            resources={name: amount for name, amount in needs.items() if name == _FRONTEND},
-            max_restarts=-1,
-            max_concurrency=4,
-            scheduling_strategy=strategy,
-        ).remote(part)
+    def _actor(self, part: Part, strategy: Any) -> Any:
+        return self._host.options(**actor_options(part, strategy)).remote(part)
 
     async def _places(self, placed: Placed, among: list[Placed]) -> list[str]:
         try:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
-from ipc.auth import ClientKeys, Gatekeeper
+from ipc.auth import REPLICA_KEYS, ClientKeys, Gatekeeper, name_of_key
 from ipc.errors import ProtocolError
 from ipc.schema import (
     HEARTBEAT_LIMIT_S,
@@ -37,7 +37,6 @@ from ipc.sockets import bind_router, connect_dealer, new_identity
 
 _SILENT_BEATS: Final = math.ceil(HEARTBEAT_LIMIT_S / HEARTBEAT_S)  # then a peer is taken for gone
 _MESSAGES_PER_TURN: Final = 100
-REPLICA_KEYS: Final = "replica"  # how the names of keys begin whose owners may add replicas
 
 
 @dataclass(slots=True)
@@ -171,11 +170,8 @@ class Directory:
 
 def _may_join(part: zmq.Frame) -> bool:
     """Whoever reaches the private endpoint may; of other hosts only who has a key that is listed as a replica's."""
-    try:
-        name = part.get("User-Id")
-    except zmq.ZMQError:
-        return True  # not by tcp: nobody asked for a key
-    return str(name).startswith(REPLICA_KEYS)
+    name = name_of_key(part)
+    return name is None or name.startswith(REPLICA_KEYS)
 
 
 class Announcement:

@@ -143,6 +143,14 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tensor-parallel-size", type=_integer(1, 32), default=1, metavar="N", help="GPUs that share the model"
     )
+    group.add_argument(
+        "--nnodes", type=_integer(1, 32), metavar="N", help="nodes that hold these ranks; the same command on each"
+    )
+    group.add_argument("--node-rank", type=_integer(0, 31), default=0, metavar="K", help="which of them this is")
+    group.add_argument("--master-addr", metavar="HOST", help="by which the other nodes reach node 0; needs --auth-keys")
+    group.add_argument(
+        "--master-port", type=_integer(0, 65535), default=29501, metavar="PORT", help="likewise (default: %(default)s)"
+    )
     group.add_argument("--disable-custom-all-reduce", action=_SWITCH, default=False, help="sums over GPUs by NCCL only")
     group.add_argument(
         "--data-parallel-size",

@@ -81,6 +81,10 @@ class Options:
     device: str
     tensor_parallel_size: int
     disable_custom_all_reduce: bool
+    nnodes: int | None
+    node_rank: int
+    master_addr: str | None
+    master_port: int
     data_parallel_size: int
     join: str | None
     cluster: str | None
@@ -185,6 +189,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
         raise ConfigError(f"--pipeline-depth: {depth} contradicts {flag}")
     _check_endpoint(values["frontend_endpoint"], values["auth_keys"])
     _check_cluster(values)
+    _check_nodes(values)
     _check_join(values["join"], values["frontend_endpoint"], values["auth_keys"])
     values["api_key"] = tuple(values["api_key"])
     values["pipeline_depth"] = (1 if is_async is False else 0) if depth is None else depth
@@ -241,7 +246,7 @@ def _check_cluster(values: Mapping[str, Any]) -> None:
             if values[name] is not None:
                 raise ConfigError(f"--{_flag_of(name)}: needs --cluster ray")
         return
-    for name in ("join", "frontend_endpoint", "auth_keys", "uds", "trace"):
+    for name in ("join", "frontend_endpoint", "auth_keys", "uds", "trace", "master_addr"):
         if values[name] is not None:
             raise ConfigError(f"--{_flag_of(name)}: means nothing with --cluster {values['cluster']}")
     if values["api_key"]:
@@ -251,6 +256,33 @@ def _check_cluster(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"--{_flag_of(low)}: a cluster needs at least 1, got {values[low]}")
         if values[high] is not None and values[high] < values[low]:
             raise ConfigError(f"--{_flag_of(high)}: {values[high]} is below --{_flag_of(low)} {values[low]}")
+
+
+def _check_nodes(values: Mapping[str, Any]) -> None:
+    """Ranks of one replica on several nodes: the same flags on each of them, but for --node-rank."""
+    nodes, ranks = values["nnodes"] or 1, values["tensor_parallel_size"]
+    if ranks % nodes:
+        raise ConfigError(f"--nnodes: {nodes} nodes cannot share {ranks} ranks evenly (--tensor-parallel-size)")
+    if values["cluster"] is not None:
+        return  # its launcher sees to the rest
+    if nodes == 1:
+        for name in ("node_rank", "master_addr"):
+            if values[name]:
+                raise ConfigError(f"--{_flag_of(name)}: needs --nnodes of at least 2")
+        return
+    if values["node_rank"] >= nodes:
+        raise ConfigError(f"--node-rank: must be below --nnodes {nodes}, got {values['node_rank']}")
+    if values["data_parallel_size"] != 1:
+        raise ConfigError(
+            f"--data-parallel-size: {values['data_parallel_size']} with --nnodes {nodes}; a launcher runs one replica "
+            "of several nodes, further ones --join it"
+        )
+    if not values["master_addr"]:
+        raise ConfigError("--nnodes: needs --master-addr, the address by which other nodes reach the first one")
+    if values["auth_keys"] is None:
+        raise ConfigError("--nnodes: needs --auth-keys: nodes talk encrypted only; scripts/make_keys.py makes them")
+    if values["node_rank"] and not values["master_port"]:
+        raise ConfigError("--master-port: the first node's is needed, 0 is none")
 
 
 def _check_join(directory: str | None, endpoint: str | None, keys: str | None) -> None:
@@ -278,6 +310,7 @@ def engine_config(
     options: Options, card: ModelCard, device: str, api_key_digests: tuple[str, ...] = ()
 ) -> EngineConfig:
     """The configuration of the engine's processes, with the choices that depend on the device made."""
+    nodes = options.nnodes or 1
     budget_tokens = options.max_num_batched_tokens or (8192 if device == "cuda" else 2048)
     return EngineConfig(
         card=card,
@@ -289,7 +322,9 @@ def engine_config(
         enforce_eager=options.enforce_eager,
         compile=(device == "cuda" if options.compile is None else options.compile) and not options.enforce_eager,
         ranks=options.tensor_parallel_size,
-        sums_by_peers=not options.disable_custom_all_reduce,
+        nodes=nodes,
+        sums_by_peers=not options.disable_custom_all_reduce and nodes == 1,  # GPUs of another host have no memory here
+        fake_executor=options.fake_executor,
         block_size=options.block_size,
         num_blocks=options.num_gpu_blocks_override,
         kv_cache_bytes=options.kv_cache_memory_bytes,

@@ -21,9 +21,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from frontend.replica import say
 from ipc.errors import ConfigError, UnavailableError
@@ -33,6 +33,9 @@ PLACE: Final = re.compile(r"(?:http|tcp)://\S+")  # in the line that says where 
 _KILL_GRACE_S: Final = 10.0  # beyond what a program may take to drain
 _READY_PERIOD_S: Final = 0.2
 CONFIG: Final = "config.yaml"
+AWAITING: Final = "Awaiting "  # how the line begins that says where further nodes of a replica shall connect
+FIRST_HOST: Final = "{first-host}"  # in arguments of such a node: that place
+FIRST_PORT: Final = "{first-port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,24 @@ class Part:
     arguments: tuple[str, ...]
     files: Mapping[str, bytes]  # keys and options, by path in a private folder
     drain_s: float  # that it may take to stop
+    needs: Mapping[str, float]  # of its node, as Ray calls it
+    nodes: tuple[Part, ...] = ()  # further ranks of the same replica, each on a node of its own
 
     def __repr__(self) -> str:
         return f"Part({self.program})"  # Ray shows arguments in errors, and the files are secret
+
+
+def actor_options(part: Part, strategy: Any) -> dict[str, Any]:
+    """How Ray runs an actor for this part: until it is told otherwise."""
+    needs = dict(part.needs)
+    return dict(
+        num_cpus=needs.pop("CPU", 0.0),
+        num_gpus=needs.pop("GPU", 0.0),
+        resources=needs,
+        max_restarts=-1,
+        max_concurrency=4,
+        scheduling_strategy=strategy,
+    )
 
 
 class Program:
@@ -57,7 +75,8 @@ class Program:
     def __init__(self, program: str, arguments: Sequence[str], on_exit: Callable[[int], None]) -> None:
         """`on_exit` is called with the exit code, from another thread, unless `stop` was called before."""
         self.places: list[str] = []  # where it serves, as it printed them
-        self._serves = threading.Event()
+        self.awaits = ""  # where it waits for further nodes
+        self._serves, self._speaks = threading.Event(), threading.Event()
         self._stopping = False
         self._process: subprocess.Popen[str]
         self._lifeline, self._held = os.pipe2(os.O_CLOEXEC)
@@ -75,6 +94,11 @@ class Program:
         if not self.places:
             self.check()
         return self.places
+
+    def wait_until_it_awaits(self) -> str:
+        """Where it waits for further nodes; "" if it ended."""
+        self._speaks.wait()
+        return self.awaits
 
     def check(self) -> None:
         """Raises UnavailableError if it has ended."""
@@ -101,11 +125,16 @@ class Program:
         started.set()
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if not self.places and (found := PLACE.findall(line)):
+            found = PLACE.findall(line)
+            if found and line.startswith(AWAITING):
+                self.awaits = found[0]
+                self._speaks.set()
+            elif found and not self.places:
                 self.places = found
                 self._serves.set()
         code = self._process.wait()
         self._serves.set()
+        self._speaks.set()
         for fd in (self._lifeline, self._held):
             os.close(fd)
         if not self._stopping:
@@ -125,6 +154,22 @@ class Host:
         write_private(Path(self._folder.name), part.files)
         arguments = [text.format(address=self._address, folder=self._folder.name) for text in part.arguments]
         self._program = Program(part.program, arguments, self._end)
+        self._nodes: list[Any] = []  # actors; Ray ends them with this one, their owner
+        if part.nodes:
+            threading.Thread(target=self._add_nodes, args=(part.nodes,), name="nodes", daemon=True).start()
+
+    def _add_nodes(self, parts: Sequence[Part]) -> None:
+        """Once it is known where they shall connect: each in its bundle of this actor's placement group."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        host, _, port = self._program.wait_until_it_awaits().removeprefix("tcp://").rpartition(":")
+        remote: Any = ray.remote(Host)
+        group: Any = ray.util.get_current_placement_group()
+        for bundle, part in enumerate(parts if host else (), 1):
+            told = tuple(text.replace(FIRST_HOST, host).replace(FIRST_PORT, port) for text in part.arguments)
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            self._nodes.append(remote.options(**actor_options(part, strategy)).remote(replace(part, arguments=told)))
 
     def places(self) -> list[str]:
         """Where the program serves, once it does. Raises UnavailableError if it ends before."""

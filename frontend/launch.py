@@ -17,14 +17,17 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from frontend import flags, model_files
+from frontend.children import engine_roles
 from frontend.digests import collect_digests
 from frontend.directory import Announcement, Directory
-from frontend.plumbing import Plumbing
+from frontend.host import AWAITING
+from frontend.plumbing import Plumbing, address_of
 from frontend.replica import Replica, config_of, environment_of
-from frontend.supervisor import Supervisor, engine_roles
+from frontend.supervisor import Supervisor
 from frontend.tracing import step_trace
 from ipc.auth import has_client_keys, load_client_keys, load_server_keys
 from ipc.clock import now_s
@@ -38,12 +41,23 @@ def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
     """The listening HTTP socket; requests queue in it until a frontend accepts. Raises ConfigError naming the flag."""
     if uds is not None:
         return _bind_unix(uds)
+    return _bind_tcp(host, port, "--host", "--port")
+
+
+def bind_nodes(options: flags.Options) -> socket.socket | None:
+    """Where other nodes with ranks of this replica connect, if there are any."""
+    if (options.nnodes or 1) == 1 or options.master_addr is None:
+        return None
+    return _bind_tcp(options.master_addr, options.master_port, "--master-addr", "--master-port")
+
+
+def _bind_tcp(host: str, port: int, host_flag: str, port_flag: str) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
         ]
     except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"cannot resolve {host!r}: {error}", param="--host") from error
+        raise ConfigError(f"cannot resolve {host!r}: {error}", param=host_flag) from error
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -51,7 +65,7 @@ def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        flag = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        flag = host_flag if error.errno == errno.EADDRNOTAVAIL else port_flag
         raise ConfigError(
             f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}", param=flag
         ) from error
@@ -109,11 +123,11 @@ def choose_device(wanted: str) -> str:
 
 def prepare(options: flags.Options) -> EngineConfig:
     """Find and check the model and the device. Raises ConfigError or ModelError."""
-    if options.auth_keys is not None:
+    if options.auth_keys is not None and not options.node_rank:
         load_server_keys(Path(options.auth_keys))  # so that a fault is known before the model loads
     device = choose_device(options.device)
     if device == "cuda" and not options.fake_executor:
-        _check_gpus(options.data_parallel_size, options.tensor_parallel_size)
+        _check_gpus(options.data_parallel_size, options.tensor_parallel_size // (options.nnodes or 1))
     weights = bool(options.data_parallel_size) and not (options.random_weights or options.fake_executor)
     folder = model_files.find_model(options.model, weights=weights, trust_remote_code=options.trust_remote_code)
     card = model_files.read_card(
@@ -148,13 +162,23 @@ def _sampling_defaults(source: str, folder: Path) -> dict[str, float]:
 
 def serve(options: flags.Options) -> int:
     """Run an engine until it is told to stop; returns the exit code. Raises ConfigError before anything starts."""
+    if options.node_rank:
+        from frontend import node
+
+        return node.serve(options, prepare(options))
     started_s = now_s()
+    nodes = bind_nodes(options)
     listener = bind_http(options.host, options.port, options.uds) if options.frontends else None
     try:
         config = prepare(options)
+        if nodes is not None:
+            config = msgspec.structs.replace(config, nodes_endpoint=f"tcp://{address_of(nodes)}")
+            print(f"{AWAITING}{config.nodes - 1} nodes at {config.nodes_endpoint}", flush=True)
         with step_trace(options.trace, on_demand=options.enable_debug_endpoints) as trace:
-            return _supervise(options, config, listener, trace, started_s)
+            return _supervise(options, config, listener, nodes, trace, started_s)
     finally:
+        if nodes is not None:
+            nodes.close()
         if listener is not None:
             listener.close()
             if options.uds is not None:
@@ -162,11 +186,16 @@ def serve(options: flags.Options) -> int:
 
 
 def _supervise(
-    options: flags.Options, config: EngineConfig, listener: socket.socket | None, trace: int, started_s: float
+    options: flags.Options,
+    config: EngineConfig,
+    listener: socket.socket | None,
+    nodes: socket.socket | None,
+    trace: int,
+    started_s: float,
 ) -> int:
     count = options.data_parallel_size
     with contextlib.ExitStack() as stack:
-        plumbing = _make_plumbing(config, listener, trace, count)
+        plumbing = _make_plumbing(config, listener, nodes, trace, count)
         stack.callback(plumbing.close)
         context = stack.enter_context(zmq.Context(io_threads=1))
         directory = Directory(
@@ -188,7 +217,12 @@ def _supervise(
             plumbing,
             replicas,
             directory,
-            engine_roles(options.frontends, ranks=config.ranks, fake_executor=options.fake_executor),
+            engine_roles(
+                options.frontends,
+                ranks=config.ranks_per_node,
+                relay=nodes is not None,
+                fake_executor=config.fake_executor,
+            ),
             shutdown_timeout_s=options.shutdown_timeout,
             max_restarts=options.max_restarts,
             on_ready=partial(_announce, options, config, _places(listener, directory, plumbing), started_s),
@@ -212,9 +246,11 @@ def _places(listener: socket.socket | None, directory: Directory, plumbing: Plum
     return [*places, *filter(None, (directory.remote, plumbing.endpoints.frontend))]
 
 
-def _make_plumbing(config: EngineConfig, listener: socket.socket | None, trace: int, replicas: int) -> Plumbing:
+def _make_plumbing(
+    config: EngineConfig, listener: socket.socket | None, nodes: socket.socket | None, trace: int, replicas: int
+) -> Plumbing:
     try:
-        return Plumbing(config, listener, trace, replicas=replicas)
+        return Plumbing(config, listener, trace, replicas=replicas, nodes=nodes)
     except OSError as error:
         need_mib = max(1, replicas) * 4 * (config.limits.plan_bytes + config.result_layout.nbytes) / (1 << 20)
         raise ConfigError(

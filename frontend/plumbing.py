@@ -10,8 +10,16 @@ import itertools
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ipc.config import RING_SLOTS, EngineConfig, ExecutorChannels, FrontendChannels, SchedulerChannels
+from ipc.config import (
+    RING_SLOTS,
+    EngineConfig,
+    ExecutorChannels,
+    FrontendChannels,
+    RelayChannels,
+    SchedulerChannels,
+)
 from ipc.doorbell import Doorbell
 from ipc.ring import create_ring
 from ipc.sockets import EndpointDirectory
@@ -22,9 +30,17 @@ class Plumbing:
     """Of the whole engine: what frontends inherit, and the lines of each replica."""
 
     def __init__(
-        self, config: EngineConfig, listener: socket.socket | None, trace: int = -1, *, replicas: int = 1
+        self,
+        config: EngineConfig,
+        listener: socket.socket | None,
+        trace: int = -1,
+        *,
+        replicas: int = 1,
+        nodes: socket.socket | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        """`trace`: memory of the step trace, -1 for none; of the replicas it shows the first."""
+        """`trace`: memory of the step trace, -1 for none; of the replicas it shows the first. `nodes`: where other
+        nodes with ranks of the only replica connect; `elsewhere`: on such a node."""
         self.listener = listener
         self._trace = trace
         self._frontends_started = itertools.count()
@@ -35,7 +51,8 @@ class Plumbing:
         try:
             for number in range(replicas):
                 traced = -1 if number else trace
-                self.lines.append(Lines(config, self.endpoints.replica(number), self.parent_pipe, traced))
+                endpoints = self.endpoints.replica(number)
+                self.lines.append(Lines(config, endpoints, self.parent_pipe, traced, nodes, elsewhere))
         except OSError:
             self.close()
             raise
@@ -63,21 +80,49 @@ class Plumbing:
             os.close(fd)
 
 
-class Lines:
-    """Of one replica: the rings and bells between its scheduler and its ranks, and the endpoints of the scheduler."""
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What the ranks of a node without the scheduler go by."""
 
-    def __init__(self, config: EngineConfig, endpoints: tuple[str, str], parent_pipe: int, trace: int) -> None:
+    node: int  # from 1
+    head: int  # of the scheduler's plan ring
+    store: str  # HOST:PORT where all ranks meet
+
+
+class Lines:
+    """Of one replica: the rings and bells between its scheduler and its ranks, and the endpoints of the scheduler.
+
+    On a node without the scheduler: the same for the ranks there.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        endpoints: tuple[str, str],
+        parent_pipe: int,
+        trace: int = -1,
+        nodes: socket.socket | None = None,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         """`endpoints`: of its frontend and control sockets. Raises OSError if /dev/shm cannot hold the rings."""
         self.frontend, self.control = endpoints
         self._parent_pipe = parent_pipe
         self._trace = trace
-        self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes, config.ranks)
+        self._nodes = nodes
+        self._ranks_here = config.ranks_per_node
+        self._first_rank, head = 0, 0
+        self._store = ""
+        if elsewhere is not None:
+            self._first_rank, head = elsewhere.node * self._ranks_here, elsewhere.head
+            self._store = elsewhere.store
+        readers = self._ranks_here + (nodes is not None)  # ranks, and the relay
+        self.plan_ring = create_ring(RING_SLOTS, config.limits.plan_bytes, readers, head=head)
         try:
             self.result_ring = create_ring(RING_SLOTS, config.result_layout.nbytes)
         except OSError:
             os.close(self.plan_ring)
             raise
-        self.plan_bells = [Doorbell.create() for _ in range(config.ranks)]
+        self.plan_bells = [Doorbell.create() for _ in range(readers)]
         self.result_bell = Doorbell.create()
         self._rendezvous = (-1, -1)  # (epoch, memory file) of the executor's youngest life
 
@@ -103,28 +148,58 @@ class Lines:
         )
         return channels, self._fds
 
-    def executor(self, epoch: int, rank: int) -> tuple[ExecutorChannels, list[int]]:
-        """The channels of a rank of an executor whose first epoch is `epoch`, and the fds among them."""
+    def executor(self, epoch: int, place: int) -> tuple[ExecutorChannels | RelayChannels, list[int]]:
+        """The channels of a rank of this node, or of the relay that follows them, and the fds among them. `epoch`: the
+        executor's first."""
+        rendezvous = self._meet(epoch)
+        if place == self._ranks_here:
+            return self._relay(epoch, place)
+        rank = self._first_rank + place
         channels = ExecutorChannels(
             epoch=epoch,
             rank=rank,
-            rendezvous=self._meet(epoch),
+            place=place,
+            rendezvous=rendezvous,
+            store=self._store,
             plan_ring=self.plan_ring,
-            plan_bell=self.plan_bells[rank].fd,
+            plan_bell=self.plan_bells[place].fd,
             result_ring=self.result_ring,
             result_bell=self.result_bell.fd,
             control=self.control,
             parent_pipe=self._parent_pipe,
             trace=-1 if rank else self._trace,
         )
-        return channels, [*self._fds, channels.rendezvous]
+        return channels, [*self._fds, *_present(rendezvous)]
+
+    def _relay(self, epoch: int, place: int) -> tuple[RelayChannels, list[int]]:
+        assert self._nodes is not None, "only ranks elsewhere need a relay"
+        channels = RelayChannels(
+            epoch=epoch,
+            place=place,
+            plan_ring=self.plan_ring,
+            plan_bell=self.plan_bells[place].fd,
+            result_bell=self.result_bell.fd,
+            control=self.control,
+            listener=self._nodes.fileno(),
+            store=self._store,
+            parent_pipe=self._parent_pipe,
+        )
+        return channels, [*self._fds, channels.listener]
 
     def _meet(self, epoch: int) -> int:
-        """The memory file where the ranks that start in `epoch` meet: an empty one, whatever an earlier life left."""
+        """Where the ranks that start in `epoch` meet, a new place for each: a memory file, or rank 0's listener for
+        those of other nodes. -1 where rank 0 is not."""
+        if self._first_rank:
+            return -1
         if self._rendezvous[0] != epoch:
-            if self._rendezvous[1] >= 0:
-                os.close(self._rendezvous[1])
-            self._rendezvous = epoch, os.memfd_create("tandem-ranks", os.MFD_CLOEXEC)
+            for old in _present(self._rendezvous[1]):
+                os.close(old)
+            if self._nodes is None:
+                self._rendezvous = epoch, os.memfd_create("tandem-ranks", os.MFD_CLOEXEC)
+            else:
+                listener = socket.create_server((self._nodes.getsockname()[0], 0), family=self._nodes.family)
+                self._store = address_of(listener)
+                self._rendezvous = epoch, listener.detach()
         return self._rendezvous[1]
 
     def close(self) -> None:
@@ -132,6 +207,12 @@ class Lines:
             bell.close()
         for fd in (self.plan_ring, self.result_ring, *_present(self._rendezvous[1])):
             os.close(fd)
+
+
+def address_of(listener: socket.socket) -> str:
+    """HOST:PORT of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
 
 
 def _present(fd: int) -> Sequence[int]:

@@ -6,12 +6,11 @@ Used by the supervisor, which starts and ends the processes. Never on the path o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import msgspec
 import zmq
 
-from frontend.children import Child
 from frontend.plumbing import Lines
 from ipc.clock import now_s
 from ipc.config import EngineConfig
@@ -70,10 +69,10 @@ class Replica:
         """To whoever runs the engine."""
         say(text if self.config.replica is None else f"replica {self.number}: {text}")
 
-    def channels(self, role: str, rank: int) -> tuple[msgspec.Struct, list[int]]:
-        """What a new scheduler or rank inherits."""
+    def channels(self, role: str, place: int) -> tuple[msgspec.Struct, list[int]]:
+        """What a new scheduler or rank inherits, or the relay, which stands after the ranks of this node."""
         if role == "executor":
-            return self._lines.executor(self._epoch, rank)
+            return self._lines.executor(self._epoch, place)
         return self._lines.scheduler(self._scheduler_lives)
 
     def send(self, message: Message) -> None:
@@ -121,7 +120,7 @@ class Replica:
         self._epoch += 1
         self.send(ExecutorLost(epoch=self._epoch - 1))
 
-    def lost_scheduler(self, ranks: Sequence[Child], drain: Drain | None) -> bool:
+    def lost_scheduler(self, drain: Drain | None) -> bool:
         """Prepare for the next scheduler; `drain` is what it must be told. False if the ranks cannot serve it."""
         self._lost_s.setdefault("scheduler", now_s())
         self._epoch += 1
@@ -131,8 +130,8 @@ class Replica:
         self.greet()
         if self._num_blocks:
             # Their memory is intact, and they run what is planned in order: the next scheduler can go on with them.
-            for rank in ranks:
-                self.send(ExecutorHello(PROTOCOL_VERSION, self._epoch, rank.pid, self._num_blocks, rank.index))
+            for rank in range(self.config.ranks):
+                self.send(ExecutorHello(PROTOCOL_VERSION, self._epoch, os.getpid(), self._num_blocks, rank))
         if drain is not None:
             self.send(drain)
         return bool(self._num_blocks)

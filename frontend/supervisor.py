@@ -15,7 +15,7 @@ from enum import Enum, auto
 from functools import partial
 from typing import Final
 
-from frontend.children import TRACEBACK, Child
+from frontend.children import TRACEBACK, Child, Role
 from frontend.directory import Announcement, Directory
 from frontend.plumbing import Plumbing
 from frontend.poll_loop import PollLoop
@@ -55,23 +55,6 @@ class Failure:
 
     at_s: float
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """One kind of process: the module that is its entry, and how many of it there are, in each replica if it is its."""
-
-    module: str
-    count: int
-
-
-def engine_roles(frontends: int, *, ranks: int = 1, fake_executor: bool = False) -> dict[str, Role]:
-    """The processes of an engine in the order of their start; they stop in the opposite order."""
-    return {
-        "scheduler": Role("scheduler", 1),
-        "executor": Role("executor.fake" if fake_executor else "executor", ranks),
-        "frontend": Role("frontend", frontends),
-    }
 
 
 class Supervisor:
@@ -157,7 +140,8 @@ class Supervisor:
         return [replica for replica in self._replicas.values() if not replica.given_up]
 
     def _spawn(self, name: str, index: int, replica: Replica | None) -> None:
-        module = self._roles[name].module
+        role = self._roles[name]
+        module = role.last if role.last and index == role.count - 1 else role.module
         if replica is None:
             child = Child(name, index, module, self._config, *self._plumbing.frontend(self._frontend_lives))
         else:
@@ -220,10 +204,11 @@ class Supervisor:
 
     def _replace_scheduler(self, replica: Replica) -> None:
         self._loop.unwatch(replica.control)
-        ranks = self._of_role("executor", replica)
         drain = Drain(abort=self._aborting) if self._phase is Phase.DRAINING else None
-        if not replica.lost_scheduler(ranks, drain):
-            self._kill(ranks)  # they may have said hello to the one that ended, and say it only once
+        if not replica.lost_scheduler(drain):
+            self._kill(
+                self._of_role("executor", replica)
+            )  # they may have said hello to the one that ended, and say it only once
         self._loop.watch(replica.control, partial(self._on_control, replica))
         self._spawn("scheduler", 0, replica)
 

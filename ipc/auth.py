@@ -25,6 +25,8 @@ from zmq.utils import z85
 
 from ipc.errors import ConfigError
 
+REPLICA_KEYS: Final = "replica"  # how the names of keys begin whose owners may add replicas, and ranks to one
+
 _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"  # fixed by ZMQ RFC 27
 _ZAP_DOMAIN: Final = b"tandem"
 _FLAG: Final = "--auth-keys"
@@ -175,6 +177,14 @@ class Gatekeeper:
             self._listed, self._read_at = {}, -1
             _log.warning("no client is let in: %s", error)
         return self._listed
+
+
+def name_of_key(part: zmq.Frame) -> str | None:
+    """Under which name the sender's key is listed; None if it did not come by tcp: nobody asked for a key."""
+    try:
+        return str(part.get("User-Id"))
+    except zmq.ZMQError:
+        return None
 
 
 def check_endpoint(endpoint: str, keys: ClientKeys | None) -> None:

@@ -46,6 +46,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = False  # compile the decoder layers
     replica: int | None = None  # which one of several
     ranks: int = 1  # executor processes that share the model: tensor parallel
+    nodes: int = 1  # that hold these ranks, as many each; the scheduler is on the first one
+    nodes_endpoint: str = ""  # tcp://HOST:PORT of the first node, where the others find the relay
+    fake_executor: bool = False  # ranks without a model
     sums_by_peers: bool = True  # GPUs read each other's rows where that is possible; else NCCL sums them
     block_size: int = 16
     num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
@@ -69,6 +72,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def title(self, role: str) -> str:
         """What a process of this replica is called in ps and in logs."""
         return role if self.replica is None else f"{role} of replica {self.replica}"
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.ranks // self.nodes
 
     @property
     def limits(self) -> FrameLimits:
@@ -96,7 +103,9 @@ class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: int  # counts lives of scheduler and executor together: plans of an earlier one are not run
     rank: int = 0  # of `EngineConfig.ranks`, all of which read the same plans
-    rendezvous: int = -1  # empty memory file where the ranks of one life find each other
+    place: int = 0  # among the ranks of its node: which device, and which reader of the ring
+    rendezvous: int = -1  # where the ranks of one life find each other: an empty memory file, or rank 0's listener
+    store: str = ""  # HOST:PORT of that listener, if there are ranks on other nodes
     plan_ring: int
     plan_bell: int
     result_ring: int
@@ -111,11 +120,25 @@ class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
         return f"executor {self.rank}" if self.rank else "executor"
 
 
+class RelayChannels(msgspec.Struct, frozen=True, kw_only=True):
+    """Inherited by the relay, which stands for the ranks on other nodes."""
+
+    epoch: int
+    place: int  # which reader of the plan ring
+    plan_ring: int
+    plan_bell: int
+    result_bell: int
+    control: str
+    listener: int  # bound and listening at `EngineConfig.nodes_endpoint`
+    store: str  # as for a rank
+    parent_pipe: int
+
+
 class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
     """Inherited by the scheduler."""
 
     plan_ring: int
-    plan_bells: tuple[int, ...]  # one for each rank
+    plan_bells: tuple[int, ...]  # one for each reader: ranks, and the relay
     result_ring: int
     result_bell: int
     frontend: str  # endpoint to bind

@@ -43,8 +43,8 @@ class TornFrameError(ProtocolError):
     code = "torn_frame"
 
 
-def create_ring(slots: int, slot_bytes: int, readers: int = 1) -> int:
-    """Create the memory of a ring and return its fd.
+def create_ring(slots: int, slot_bytes: int, readers: int = 1, *, head: int = 0) -> int:
+    """Create the memory of a ring and return its fd. `head`: it goes on where another one stands.
 
     Raises OSError (ENOSPC) here, not SIGBUS later, if /dev/shm cannot hold it.
     """
@@ -59,6 +59,7 @@ def create_ring(slots: int, slot_bytes: int, readers: int = 1) -> int:
     with mmap.mmap(fd, _SLOT_ALIGN) as page:
         words = np.frombuffer(page, np.int64)
         words[:5] = MAGIC, 1, slots, slot_bytes, readers
+        words[8] = words[16 : 16 + 8 * readers : 8] = head
         del words
     return fd
 

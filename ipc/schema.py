@@ -10,6 +10,8 @@ columns, because a list of 8k ids costs 200 us and the bytes 0.4 us.
     launcher  -> scheduler   Hello, ExecutorHello, ExecutorLost, Drain    (control socket)
     executor  -> scheduler   ExecutorHello                                (control socket)
     scheduler -> launcher    Alive, SchedulerReady, Drained, ExecutorStuck, FrontendStuck
+    node      -> relay       NodeHello, Heartbeat, ExecutorHello, PlanAck, RanksLost    (of ranks on another node)
+    relay     -> node        StartRanks, Heartbeat, PlanFrame, Goodbye, Rejected
 """
 
 from __future__ import annotations
@@ -331,6 +333,43 @@ class Join(Message, frozen=True, tag="join"):
     members: list[Member]
 
 
+class NodeHello(Message, frozen=True, tag="node_hello"):
+    """A node that will run ranks of this replica, and runs none yet."""
+
+    version: int
+    node: int  # from 1: the scheduler's is 0
+
+
+class StartRanks(Message, frozen=True, tag="start_ranks"):
+    """Start this node's ranks, for as long as this connection lasts."""
+
+    version: int
+    config: bytes  # EngineConfig, as the scheduler's node has it
+    epoch: int
+    head: int  # of the plan ring: the first frame that comes is the next one
+    store: str  # HOST:PORT where the ranks find each other
+
+
+class PlanFrame(Message, frozen=True, tag="plan_frame"):
+    """One plan, as it stands in the ring."""
+
+    seq: int
+    payload: bytes
+
+
+class PlanAck(Message, frozen=True, tag="plan_ack"):
+    """Every rank of this node has given back the plans up to this one."""
+
+    seq: int
+
+
+class RanksLost(Message, frozen=True, tag="ranks_lost"):
+    """A rank of this node has ended, and with it the life of all."""
+
+    reason: str
+    fault_of_user: bool = False  # it would come again
+
+
 class Drain(Message, frozen=True, tag="drain"):
     """Take no new request; answer Drained when the last open one ends. A second Drain with abort ends them now."""
 
@@ -346,6 +385,8 @@ SchedulerMessage = Welcome | Tokens | Rejected | Stats | Invariants | Draining |
 DirectoryMessage = Hello | Heartbeat | Goodbye | Join
 ControlMessage = Hello | ExecutorHello | ExecutorLost | Drain
 LauncherMessage = Alive | SchedulerReady | Drained | ExecutorStuck | ExecutorFaulty | FrontendStuck
+NodeMessage = NodeHello | Heartbeat | ExecutorHello | PlanAck | RanksLost
+RelayMessage = StartRanks | Heartbeat | PlanFrame | Goodbye | Rejected
 
 encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -368,6 +409,8 @@ decode_scheduler: Final = Decoder(SchedulerMessage)
 decode_directory: Final = Decoder(DirectoryMessage)
 decode_control: Final = Decoder(ControlMessage)
 decode_launcher: Final = Decoder(LauncherMessage)
+decode_node: Final = Decoder(NodeMessage)
+decode_relay: Final = Decoder(RelayMessage)
 
 
 def pack_tokens(tokens: Sequence[int] | npt.NDArray[np.int32]) -> bytes:

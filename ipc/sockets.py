@@ -37,11 +37,17 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
 
 def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
     """ROUTER at `endpoint`; sends are non-blocking: zmq.Again past the mark, EHOSTUNREACH for an unknown peer."""
+    socket = make_router(context)
+    socket.bind(endpoint)
+    return socket
+
+
+def make_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The same, bound nowhere yet."""
     socket = context.socket(zmq.ROUTER)
     _configure(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects keeps its identity and its requests
-    socket.bind(endpoint)
     return socket
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -73,13 +73,23 @@ def read_line(process: subprocess.Popen[str], limit_s: float) -> str:
 
 @contextlib.contextmanager
 def running_engine(
-    *flags: str, model: Path | str = DEMO_MODEL, exit_code: int = 0, stderr: IO[str] | None = None
+    *flags: str,
+    model: Path | str = DEMO_MODEL,
+    exit_code: int = 0,
+    stderr: IO[str] | None = None,
+    on_awaiting: Callable[[str], object] | None = None,
 ) -> Iterator[Engine]:
-    """An engine with the given flags on a free port; checks on leaving that it ends with `exit_code`."""
+    """An engine with the given flags on a free port; checks on leaving that it ends with `exit_code`.
+
+    `on_awaiting`: called with the port where it waits for further nodes.
+    """
     command = [sys.executable, "-P", "-m", "frontend.launch", "--model", str(model), "--port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         line = read_line(process, START_LIMIT_S)
+        if on_awaiting is not None:
+            on_awaiting(line.rpartition(":")[2].strip())
+            line = read_line(process, START_LIMIT_S)
         url, endpoint = re.search(r"http://\S+/v1", line), re.search(r"ipc://\S+\.sock", line)
         assert endpoint, f"no ZMQ endpoint in {line!r}"
         tcp = re.search(r"tcp://\S+", line)

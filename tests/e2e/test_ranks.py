@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from frontend import AsyncClient, Client
 from frontend.request import GenerateParams
-from tests.e2e.engine import Engine, running_engine
+from ipc.auth import make_client_keys, make_server_keys
+from tests.e2e.engine import DEMO_MODEL, Engine, running_engine
 from tests.e2e.equality import LIMIT_S, check
 from tests.e2e.reference import Case, greedy_cases, long_cases, sampled_cases
 from tests.executor.test_ranks import DEVICES, need_gpus
@@ -34,9 +40,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         yield engine
 
 
-def executors(engine: Engine) -> list[psutil.Process]:
+def executors(launcher: subprocess.Popen[Any]) -> list[psutil.Process]:
     found = {}
-    for child in psutil.Process(engine.process.pid).children():
+    for child in psutil.Process(launcher.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if match := re.search(r"engine-launch: executor ?(\d*)", " ".join(child.cmdline())):
                 found[int(match[1] or 0)] = child
@@ -51,8 +57,42 @@ def test_tokens_are_those_of_transformers(engine: Engine) -> None:
 
 def test_a_rank_that_dies_under_load_costs_no_token(engine: Engine) -> None:
     cases = long_cases(12, max_tokens=LONG)
-    before = executors(engine)
+    before = executors(engine.process)
     assert len(before) == RANKS
+    assert tokens_under_load(engine, cases, before[-1].kill) == [list(case.output) for case in cases]
+    after = executors(engine.process)
+    assert len(after) == RANKS
+    assert not {process.pid for process in after} & {process.pid for process in before}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ranks_on_two_nodes_are_one_replica(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node is a launcher of its own, with one GPU; the other node's rank dies under load."""
+    need_gpus(device)
+    make_server_keys(tmp_path / "engine")
+    make_client_keys(tmp_path / "engine", "replica", tmp_path / "node")
+    common = flags(device, RANKS, "--dtype", "float32", "--nnodes", str(RANKS), "--master-addr", "127.0.0.1")
+    cases = long_cases(4, max_tokens=LONG // 4)
+    with contextlib.ExitStack() as stack:
+        nodes: list[subprocess.Popen[bytes]] = []
+
+        def start(port: str) -> None:
+            command = [sys.executable, "-P", "-m", "frontend.launch", str(DEMO_MODEL), *common, "--node-rank", "1"]
+            command += ["--master-port", port, "--auth-keys", str(tmp_path / "node")]
+            nodes.append(subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": "1"}))
+            stack.callback(nodes[-1].wait)
+            stack.callback(nodes[-1].kill)
+
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        own = ("--master-port", "0", "--auth-keys", str(tmp_path / "engine"))
+        engine = stack.enter_context(running_engine(*common, *own, on_awaiting=start))
+        (here,), (there,) = executors(engine.process), executors(nodes[0])
+        assert tokens_under_load(engine, cases, there.kill) == [list(case.output) for case in cases]
+        assert (here.pid, there.pid) != (executors(engine.process)[0].pid, executors(nodes[0])[0].pid)
+
+
+def tokens_under_load(engine: Engine, cases: Sequence[Case], strike: Callable[[], object]) -> list[list[int]]:
+    """What the engine says to all of them at once; `strike` is called when one of them is under way."""
 
     async def generate() -> list[list[int]]:
         running = asyncio.Event()
@@ -68,14 +108,10 @@ def test_a_rank_that_dies_under_load_costs_no_token(engine: Engine) -> None:
         async with AsyncClient(engine.endpoint) as client:
             answers = asyncio.gather(*(one(client, case) for case in cases))
             await running.wait()
-            before[-1].kill()
+            strike()
             return await answers
 
-    answers = asyncio.run(asyncio.wait_for(generate(), LIMIT_S))
-    assert answers == [list(case.output) for case in cases]
-    after = executors(engine)
-    assert len(after) == RANKS
-    assert not {process.pid for process in after} & {process.pid for process in before}
+    return asyncio.run(asyncio.wait_for(generate(), LIMIT_S))
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def programs(kind: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             command = process.cmdline()
-            if "frontend.host" in command and kind in command and {"--join", "--connect"} & set(command):
+            if "frontend.host" in command and kind in command and {"--join", "--connect", "--node-rank"} & set(command):
                 found.append(process)
     return found
 
@@ -118,12 +118,22 @@ def test_a_cluster_serves_loses_a_node_program_and_grows(address: str, folder: P
     wait_until(lambda: not programs("launch") + programs("process"), STOP_S, "nothing is left")
 
 
-def test_a_killed_launcher_leaves_nothing(address: str, folder: Path) -> None:
+def test_ranks_are_on_two_nodes_and_a_killed_launcher_leaves_nothing(address: str, folder: Path) -> None:
     command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--cluster", "ray", "--ray-address", address]
-    launcher = subprocess.Popen([*command, "--fake-executor", "--port", "0"], stdout=subprocess.PIPE, text=True)
+    command += ["--tensor-parallel-size", "2", "--nnodes", "2", "--fake-executor", "--port", "0"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert read_line(launcher, START_S).startswith("Serving tiny on http://")
-        assert len(programs("launch") + programs("process")) == 2
+        url = re.search(r"http://\S+/v1", read_line(launcher, START_S))
+        assert url
+        assert len(programs("launch")) == 2, "a launcher for each node of the replica"
+        calm = answers(url[0], 2, 200)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asked = pool.submit(answers, url[0], 2, 200)
+            wait_until(lambda: sum(running(url[0]).values()) == 2, START_S, "both run")
+            [victim] = [program for program in programs("launch") if "--node-rank" in program.cmdline()]
+            victim.kill()
+            assert asked.result() == calm, "Ray starts it again, and no stream is lost or changed"
+        assert len(programs("launch") + programs("process")) == 3
     finally:
         launcher.kill()
         launcher.wait()
@@ -146,12 +156,11 @@ def test_no_cluster_is_one_line(folder: Path) -> None:
 def test_keys_are_told_to_whom_they_are_for_and_lie_in_private_files(tmp_path: Path) -> None:
     keys = make_keys(tmp_path / "made")
     secrets = {name: {path for path in files if path.endswith("_secret")} for name, files in keys.items()}
-    assert secrets["frontend"] == secrets["launcher"] == {"client.key_secret"}
+    assert secrets["frontend"] == secrets["launcher"] == secrets["replica-node"] == {"client.key_secret"}
     assert secrets["engine"] == {"server.key_secret"}
     options = options_of()
-    replica, frontend = replica_part(options, keys["replica"], "tcp://d:1"), frontend_part(
-        options, keys["frontend"], "tcp://d:1"
-    )  # fmt: skip
+    replica = replica_part(options, keys, "tcp://d:1", 1, {})
+    frontend = frontend_part(options, keys["frontend"], "tcp://d:1", {})
     for part in (replica, frontend):
         folder = tmp_path / part.program
         write_private(folder, part.files)
@@ -166,7 +175,7 @@ def test_keys_are_told_to_whom_they_are_for_and_lie_in_private_files(tmp_path: P
 
 def test_what_a_replica_is_told_is_what_the_launcher_was_told(tmp_path: Path) -> None:
     options = options_of("--max-num-seqs", "7", "--max-replicas", "9", "--frontends", "3", "--dtype", "float32")
-    part = replica_part(options, make_keys(tmp_path / "made")["replica"], "tcp://d:1")
+    part = replica_part(options, make_keys(tmp_path / "made"), "tcp://d:1", 1, {})
     write_private(tmp_path / "node", part.files)
     arguments = [text.format(address="node", folder=tmp_path / "node") for text in part.arguments]
     told = flags.parse(arguments)
@@ -176,13 +185,21 @@ def test_what_a_replica_is_told_is_what_the_launcher_was_told(tmp_path: Path) ->
     )  # fmt: skip
 
 
-def test_ranks_need_one_node_that_has_as_many_gpus() -> None:
+def test_ranks_are_on_as_few_nodes_as_have_gpus_for_them() -> None:
     nodes = [{"Alive": True, "Resources": {"GPU": 4.0, "CPU": 8}}, {"Alive": False, "Resources": {"GPU": 16.0}}]
-    four = options_of("--tensor-parallel-size", "4")
-    assert resources(four, nodes) == {"CPU": 5.0, "GPU": 4.0}
-    assert resources(options_of("--device", "cpu"), nodes) == {"CPU": 1.0}
-    with pytest.raises(ConfigError, match=r"8 ranks share the memory of one node.* more than 4 GPUs"):
-        resources(options_of("--tensor-parallel-size", "8"), nodes)
+
+    def asked(ranks: int, *argv: str) -> tuple[int, dict[str, float]]:
+        return resources(options_of("--tensor-parallel-size", str(ranks), *argv), nodes)
+
+    assert asked(4) == (1, {"CPU": 5.0, "GPU": 4.0})
+    assert asked(16) == (4, {"CPU": 5.0, "GPU": 4.0})
+    assert asked(6) == (2, {"CPU": 4.0, "GPU": 3.0})
+    assert asked(4, "--nnodes", "4") == (4, {"CPU": 2.0, "GPU": 1.0})
+    assert asked(4, "--device", "cpu") == (1, {"CPU": 1.0})
+    with pytest.raises(ConfigError, match=r"10 ranks on 2 nodes need 5 GPUs of each.* more than 4"):
+        asked(10, "--nnodes", "2")
+    with pytest.raises(ConfigError, match=r"2 ranks on 1 nodes need 2 GPUs of each.* more than 0"):
+        resources(options_of("--tensor-parallel-size", "2", "--device", "cuda"), [])
 
 
 def test_flags_that_contradict_a_cluster_are_refused() -> None:

@@ -192,7 +192,7 @@ def test_auto_device_follows_the_driver(monkeypatch):
 
 
 def test_rings_that_do_not_fit_into_shared_memory_name_the_flag(capsys, tmp_path, monkeypatch):
-    def no_space(*_args):
+    def no_space(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("frontend.plumbing.create_ring", no_space)

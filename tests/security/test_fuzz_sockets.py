@@ -12,11 +12,12 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frontend.children import engine_roles
 from frontend.client import AsyncClient
 from frontend.directory import Directory
 from frontend.plumbing import Plumbing
 from frontend.replica import Replica
-from frontend.supervisor import Supervisor, engine_roles
+from frontend.supervisor import Supervisor
 from ipc.errors import ProtocolError, TandemError
 from ipc.frames import RESULT_HEADER_BYTES, Bytes, ResultLayout, ResultWord, read_plan, read_result
 from ipc.ring import Ring, RingReader, RingWriter, create_ring

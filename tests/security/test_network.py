@@ -1,6 +1,7 @@
 """A frontend and two replicas on three hosts, as network namespaces joined by a bridge, over tcp with CURVE.
 
-A link is cut and heals: what the lost replica ran goes on at the other one, and it is used again afterwards.
+A link is cut and heals: what the lost replica ran goes on at the other one, and it is used again afterwards. A replica
+whose ranks are on two hosts waits for the link, and goes on.
 """
 
 from __future__ import annotations
@@ -159,6 +160,24 @@ def cluster(hosts: list[Host], keys: dict[str, Path], tmp_path_factory: pytest.T
         yield Cluster(first, found[0])
 
 
+@pytest.fixture(scope="module")
+def pair(hosts: list[Host], keys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """An engine of its own on host 1: one replica, whose ranks are on hosts 1 and 2."""
+    model = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    first, other = hosts[1:]
+    two = ["--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", first.address, "--port", "0"]
+    with contextlib.ExitStack() as stack:
+        launcher = launch(first, model, keys["engine"], *two)
+        node = launch(other, model, keys["engine"], *two, "--node-rank", "1")
+        for process in (node, launcher):  # the launcher ends first: its node would wait for it
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+        assert read_line(launcher, START_S) == f"Awaiting 1 nodes at tcp://{first.address}:29501\n"
+        found = re.search(r"http://\S+(?=/v1)", read_line(launcher, START_S))
+        assert found
+        yield Cluster(first, found[0])
+
+
 def is_ready(cluster: Cluster, replicas: int) -> bool:
     with contextlib.suppress(AssertionError):
         return len(cluster.running()) == replicas
@@ -166,17 +185,22 @@ def is_ready(cluster: Cluster, replicas: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_cut_link_costs_no_stream_and_a_healed_one_is_used_again(cluster: Cluster, hosts: list[Host]) -> None:
+def test_a_cut_link_costs_no_stream_and_a_healed_one_is_used_again(
+    cluster: Cluster, pair: Cluster, hosts: list[Host]
+) -> None:
     wait_until(lambda: is_ready(cluster, 2), START_S, "both replicas are there")
-    calm = cluster.complete(8, 200)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(cluster.complete, 8, 200)
+    calm, calm_pair = cluster.complete(8, 200), pair.complete(2, 200)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asked, asked_pair = pool.submit(cluster.complete, 8, 200), pool.submit(pair.complete, 2, 200)
         wait_until(lambda: min(cluster.running()) >= 2, START_S, "both run some of them")
+        wait_until(lambda: pair.running() == [2], START_S, "they run on both hosts")
         hosts[2].link("down")
         assert asked.result() == calm, "no stream is lost or changed"
-    wait_until(lambda: is_ready(cluster, 1), START_S, "the other one is alone")
-    cluster.complete(4, 10)
-    hosts[2].link("up")
+        wait_until(lambda: is_ready(cluster, 1), START_S, "the other one is alone")
+        wait_until(lambda: pair.running() == [0], START_S, "the ranks on the other host are missed")
+        cluster.complete(4, 10)
+        hosts[2].link("up")
+        assert asked_pair.result() == calm_pair, "they waited for the link and went on"
     wait_until(lambda: is_ready(cluster, 2), START_S, "it is back")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(cluster.complete, 8, 200)
