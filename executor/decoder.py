@@ -75,7 +75,7 @@ class FusedDecoder:
             )
             _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
         self._weights, self._layers, self._backend, self._ranks = weights, layers, backend, weights.ranks
-        self.peers: Peers | None = None  # sums of few rows, if they can be read from the other GPUs
+        self.peers: Peers | None = None  # sums of few rows, if they can be written to the other GPUs
         self._has_pdl = self._pdl = has_pdl(device)
         _, self.ways = self.both_ways()
         self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
@@ -197,7 +197,7 @@ class FusedDecoder:
         """x += y @ weight.T, summed over all ranks; normed = the norm of that."""
         peers = self.peers
         if peers is not None and len(x) <= peers.max_rows:
-            product(linear, y, peers.rows(place, len(x)))
+            product(linear, y, peers.rows(len(x)))
             peers.add_norm(place, x, norm.gain, norm.eps, normed, pdl=self._pdl)
             return
         partial = product(linear, y, None)
@@ -249,7 +249,7 @@ class FusedDecoder:
         normed = torch.empty_like(x)
         if peers is not None and len(x) <= peers.max_rows:
             rows, inside = embed.find(inputs.token_ids)
-            torch.where(inside, rows, x, out=peers.rows(Place.EMBEDDING, len(x)))
+            torch.where(inside, rows, x, out=peers.rows(len(x)))
             peers.add_norm(Place.EMBEDDING, x, norm.gain, norm.eps, normed, pdl=self._pdl)
         else:
             self._add_norm(x, embed(inputs.token_ids), norm, normed)

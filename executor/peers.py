@@ -1,10 +1,10 @@
-"""Sums over the ranks of one host without a library: each GPU reads what the others have written into shared memory.
+"""Sums over the ranks of one host without a library: each GPU writes its rows into the memory of the others.
 
 Owns that memory. Made by `executor.model` for the fused decoder where it is possible and proves right at start; else
 sums are NCCL's. No multicast: where torch would set it up along with the memory, this is not used.
 
-Rows wait in one of three places, taken in turn (the embedding's, those after attention, those after the MLP). A rank
-writes to a place again only after it has seen a flag of every peer for the next place, and a peer shows that only when
+Rows arrive in one of three places, taken in turn (the embedding's, those after attention, those after the MLP). A rank
+writes to a place again only after it has got every peer's rows for the next place, and a peer sends those only when
 its kernels that read the first place are done: so nothing is overwritten while it is read, and nobody waits twice.
 """
 
@@ -22,9 +22,8 @@ from executor.peer_kernels import sum_norm_kernel
 from executor.ranks import Ranks
 
 _MULTICAST_OFF: Final = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-_MAX_BYTES: Final = 4 << 20  # read from peers in one sum; beyond, sharing the work out wins
+_MAX_BYTES: Final = 4 << 20  # of a rank's peers' rows in one sum; beyond, sharing the work out wins
 _MAX_ROWS: Final = 256
-_ALIGNMENT: Final = 256
 _PATIENCE: Final = 1 << 24  # seconds: while it is not known that the memory works, a start must not hang
 _FOR_EVER: Final = -1
 
@@ -36,7 +35,7 @@ class Place(IntEnum):
 
 
 class Peers:
-    """This rank's end: where to write rows, and the kernel that sums them into the residual and norms it."""
+    """This rank's end: where to write rows, and the kernel that sums all ranks' into the residual and norms it."""
 
     def __init__(
         self, rank: int, memory: torch.Tensor, addresses: Sequence[int], *, rows: int, width: int, dtype: torch.dtype
@@ -44,38 +43,38 @@ class Peers:
         """`memory` uint8, zeroed, as long as `bytes_of` says; `addresses`: where each rank's is, seen from here."""
         self._rank, self._size = rank, len(addresses)
         self.max_rows, self._width = rows, width
-        self._stride = _place_bytes(rows, width, dtype)
-        self._places = [
-            memory[place * self._stride :][: rows * width * dtype.itemsize].view(dtype).view(rows, width)
-            for place in Place
-        ]
+        self._sender_bytes = _sender_bytes(rows, width, dtype)
+        self._partial = torch.empty(rows, width, dtype=dtype, device=memory.device)
+        self._turns = torch.zeros(len(Place) * rows, dtype=torch.int32, device=memory.device)
         self._memory = memory
         self._addresses = torch.tensor(list(addresses), dtype=torch.int64, device=memory.device)
         self.patience = _FOR_EVER
 
-    def rows(self, place: Place, count: int) -> torch.Tensor:
+    def rows(self, count: int) -> torch.Tensor:
         """[count, width], to be written by the kernel ahead of `add_norm`."""
-        return self._places[place][:count]
+        return self._partial[:count]
 
     def add_norm(
         self, place: Place, x: torch.Tensor, gain: torch.Tensor, eps: float, normed: torch.Tensor, pdl: bool
     ) -> None:
-        """x [rows, width] += the sum of every rank's rows at `place`; normed = x / rms(x) * gain."""
+        """x [rows, width] += the sum of every rank's `rows`; normed = x / rms(x) * gain."""
         width = self._width
         sum_norm_kernel[(len(x),)](
-            self._addresses, x, gain, normed, eps, place * self._stride, len(Place) * self._stride, self.patience,
-            rank=self._rank, size=self._size, width=width, width_pad=triton.next_power_of_2(width), pdl=pdl,
+            self._addresses, self._partial, self._turns, x, gain, normed, eps, place * self.max_rows,
+            place * self._size * self._sender_bytes, self._sender_bytes, self.patience, rank=self._rank,
+            size=self._size, width=width, width_pad=triton.next_power_of_2(width), pdl=pdl,
             num_warps=8 if width <= 2048 else 16, launch_pdl=pdl,
         )  # fmt: skip
 
 
-def _place_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
-    return -(-rows * width * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+def _sender_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """What one rank's rows take at one place: every four bytes come with the turn."""
+    return rows * width * dtype.itemsize * 2
 
 
 def bytes_of(rows: int, width: int, dtype: torch.dtype, size: int) -> int:
-    """Memory of one rank: the places, then the flags."""
-    return len(Place) * _place_bytes(rows, width, dtype) + 4 * rows * size
+    """Memory of one rank."""
+    return len(Place) * size * _sender_bytes(rows, width, dtype)
 
 
 def open_peers(ranks: Ranks, width: int, dtype: torch.dtype) -> tuple[Peers | None, str]:
@@ -112,13 +111,13 @@ def _share(ranks: Ranks, rows: int, width: int, dtype: torch.dtype) -> Peers:
 def prove(peers: Peers, ranks: Ranks, patience: int = _PATIENCE) -> str:
     """Run every place twice, with few rows and many, and compare with NCCL; what is wrong, or nothing."""
     random = torch.Generator(ranks.device).manual_seed(ranks.rank)
-    limit = 4 * torch.finfo(peers.rows(Place.MLP, 1).dtype).eps
+    limit = 4 * torch.finfo(peers.rows(1).dtype).eps
     _compile(peers, ranks)
     wrong = ""
     peers.patience = patience
     for count in (1, peers.max_rows, 3, peers.max_rows):
         for place in Place:
-            rows = peers.rows(place, count)
+            rows = peers.rows(count)
             rows.copy_(torch.randn(rows.shape, generator=random, device=ranks.device))
             expected = ranks.sum(rows.to(torch.float32, copy=True))
             x = torch.zeros_like(rows)
@@ -135,7 +134,7 @@ def prove(peers: Peers, ranks: Ranks, patience: int = _PATIENCE) -> str:
 
 def _compile(peers: Peers, ranks: Ranks) -> None:
     """Run the kernel once without waiting for anyone, so that no rank waits while another one compiles."""
-    x = torch.zeros_like(peers.rows(Place.EMBEDDING, 1))
+    x = torch.zeros_like(peers.rows(1))
     peers.patience = 0
     peers.add_norm(Place.EMBEDDING, x, x[0], 1e-6, torch.empty_like(x), pdl=False)
     x.sum().item()  # waits for the kernel

@@ -1,7 +1,7 @@
 """The stages of sampling as Triton kernels. Called by `Sampler` on CUDA; must choose what `sampler_cpu` would choose.
 
-    prepare       logits -> float32 with bias and penalties       (rows, chunks); only if a row asks for them
-    threshold     the smallest logit each row's filters keep      (rows); only if a row filters. Never sorts
+    prepare       logits -> float32 with bias and penalties       (rows, chunks); only if a row asks for them or filters
+    threshold     the smallest logit each row's filters keep      (rows); only if a row filters: `threshold_kernels`
     best          scores, noise, argmax of a chunk                (rows, chunks)
     choose        argmax of the chunks, NaN check, carry-over, token counts   (rows)
 
@@ -12,17 +12,13 @@ No shape, launch or branch of the host depends on data, so a step can be capture
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 import triton
 import triton.language as tl
 
 from executor.sampler_cpu import MAX_COUNT, MIN_TEMPERATURE, NOISE_MIX, SPLIT_MIX, TOKEN_MIX, UNIT, SlotTables
+from executor.threshold_kernels import CHUNK, Summary, filter_threshold, float_param
 from ipc.frames import INVALID_TOKEN, MAX_BIAS, Param, PlanFlag
-
-_CHUNK: Final = 4096  # logits of one program of `prepare` and `best`
-_SEARCH_BLOCK: Final = 8192  # logits `threshold` reads at once; so few candidates need no further pass over the row
 
 _PARAMS = tl.constexpr(int(Param.COUNT))
 _SEED_LOW = tl.constexpr(int(Param.SEED_LOW))
@@ -30,14 +26,11 @@ _SEED_HIGH = tl.constexpr(int(Param.SEED_HIGH))
 _FEATURES = tl.constexpr(int(Param.FEATURES))
 _TEMPERATURE = tl.constexpr(int(Param.TEMPERATURE))
 _TOP_K = tl.constexpr(int(Param.TOP_K))
-_TOP_P = tl.constexpr(int(Param.TOP_P))
-_MIN_P = tl.constexpr(int(Param.MIN_P))
 _REPETITION = tl.constexpr(int(Param.REPETITION))
 _PRESENCE = tl.constexpr(int(Param.PRESENCE))
 _FREQUENCY = tl.constexpr(int(Param.FREQUENCY))
 _NUM_BIAS = tl.constexpr(int(Param.NUM_BIAS))
 _SAMPLE = tl.constexpr(int(PlanFlag.SAMPLE))
-_FILTER = tl.constexpr(int(PlanFlag.FILTER))
 _PENALTY = tl.constexpr(int(PlanFlag.PENALTY))
 _BIAS = tl.constexpr(int(PlanFlag.BIAS))
 _MAX_BIAS = tl.constexpr(MAX_BIAS)
@@ -53,7 +46,6 @@ _SPLIT_MIX_1 = tl.constexpr(SPLIT_MIX[1])
 _SPLIT_MIX_2 = tl.constexpr(SPLIT_MIX[2])
 _UNIT = tl.constexpr(UNIT)
 _NO_INDEX = tl.constexpr(2**31 - 1)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def choose_tokens(
@@ -67,21 +59,18 @@ def choose_tokens(
     """int32 [rows]: the chosen token, INVALID_TOKEN where the logits hold a NaN. The contract of `Sampler.sample`."""
     rows, vocab = logits.shape
     device = logits.device
-    chunks = triton.cdiv(vocab, _CHUNK)
+    chunks = triton.cdiv(vocab, CHUNK)
     x, threshold = logits, None
-    if flags & (PlanFlag.BIAS | PlanFlag.PENALTY):
-        x = torch.empty(rows, vocab, dtype=torch.float32, device=device)
-        _prepare_kernel[(rows, chunks)](
-            x, logits, logits.stride(0), row_slot, position, tables.params, tables.bias_token, tables.bias_value,
-            tables.bias_until, tables.token_counts, vocab, _CHUNK, num_warps=8,
-        )  # fmt: skip
-    if flags & PlanFlag.SAMPLE and flags & PlanFlag.FILTER:
-        threshold = filter_threshold(tables, x, row_slot)
+    filters = bool(flags & PlanFlag.SAMPLE and flags & PlanFlag.FILTER)
+    if filters or flags & (PlanFlag.BIAS | PlanFlag.PENALTY):
+        x, summary = prepare(tables, logits, row_slot, position)
+        if filters:
+            threshold = filter_threshold(tables, x, summary, row_slot)
     best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     index = torch.empty(rows, chunks, dtype=torch.int32, device=device)
     _best_kernel[(rows, chunks)](
         best, index, x, x.stride(0), threshold, row_slot, position, tables.params, vocab,
-        bool(flags & PlanFlag.SAMPLE), threshold is not None, _CHUNK, num_warps=8,
+        bool(flags & PlanFlag.SAMPLE), threshold is not None, CHUNK, num_warps=8,
     )  # fmt: skip
     token = torch.empty(rows, dtype=torch.int32, device=device)
     _choose_kernel[(rows,)](
@@ -91,25 +80,28 @@ def choose_tokens(
     return token
 
 
-def filter_threshold(tables: SlotTables, x: torch.Tensor, row_slot: torch.Tensor) -> torch.Tensor:
-    """float32 [rows]: the smallest logit of x [rows, vocab] that each row's filters keep; -inf where it has none."""
-    rows, vocab = x.shape
-    threshold = torch.empty(rows, dtype=torch.float32, device=x.device)
-    few = torch.empty(rows, _SEARCH_BLOCK, dtype=x.dtype, device=x.device)
-    _threshold_kernel[(rows,)](
-        threshold, few, x, x.stride(0), row_slot, tables.params, vocab, _SEARCH_BLOCK, num_warps=16
+def prepare(
+    tables: SlotTables, logits: torch.Tensor, row_slot: torch.Tensor, position: torch.Tensor
+) -> tuple[torch.Tensor, Summary]:
+    """float32 [rows, vocab] with each row's bias and penalties."""
+    rows, vocab = logits.shape
+    chunks = triton.cdiv(vocab, CHUNK)
+    x = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
+    number = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    least, greatest = torch.empty(2, rows, chunks, dtype=torch.float32, device=logits.device)
+    _prepare_kernel[(rows, chunks)](
+        x, number, least, greatest, logits, logits.stride(0), row_slot, position, tables.params, tables.bias_token,
+        tables.bias_value, tables.bias_until, tables.token_counts, vocab, CHUNK, num_warps=8,
     )  # fmt: skip
-    return threshold
-
-
-@triton.jit
-def _float_param(param, column):
-    return tl.load(param + column).to(tl.float32, bitcast=True)
+    return x, Summary(number, least, greatest)
 
 
 @triton.jit
 def _prepare_kernel(
     x_ptr,  # float32 [rows, vocab], written
+    number_ptr,  # int32 [rows, chunks], written
+    least_ptr,  # float32 [rows, chunks], written
+    greatest_ptr,  # float32 [rows, chunks], written
     logits_ptr,  # [rows, vocab]
     logits_stride,
     slot_ptr,  # int [rows]
@@ -136,157 +128,19 @@ def _prepare_kernel(
             if position < tl.load(bias_until_ptr + at):
                 x = tl.where(token == tl.load(bias_token_ptr + at), x + tl.load(bias_value_ptr + at), x)
     if (features & _PENALTY) != 0:
-        repetition = _float_param(param, _REPETITION)
+        repetition = float_param(param, _REPETITION)
         count = tl.load(counts_ptr + slot * vocab + token, mask=inside, other=0).to(tl.int32)
         x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, repetition), x * repetition), x)
         generated = count >> 1
-        x -= _float_param(param, _FREQUENCY) * generated.to(tl.float32)
-        x -= tl.where(generated > 0, _float_param(param, _PRESENCE), 0.0)
+        x -= float_param(param, _FREQUENCY) * generated.to(tl.float32)
+        x -= tl.where(generated > 0, float_param(param, _PRESENCE), 0.0)
     tl.store(x_ptr + row * vocab + token, x, mask=inside)
-
-
-@triton.jit
-def _load_ordered(src, token, count):
-    """Logits as float32, with -inf for NaN and past the end, so that every comparison has an answer."""
-    x = tl.load(src + token, mask=token < count, other=-float("inf")).to(tl.float32)
-    return tl.where(x == x, x, -float("inf"))
-
-
-@triton.jit
-def _range(src, count, block: tl.constexpr):
-    """How many logits are above -inf, the least of those, and the greatest of all."""
-    number = tl.zeros([block], tl.int32)
-    least = tl.full([block], float("inf"), tl.float32)
-    greatest = tl.full([block], -float("inf"), tl.float32)
-    for start in range(0, count, block):
-        x = _load_ordered(src, start + tl.arange(0, block), count)
-        allowed = x > -float("inf")
-        number += allowed.to(tl.int32)
-        least = tl.minimum(least, tl.where(allowed, x, float("inf")))
-        greatest = tl.maximum(greatest, x)
-    return tl.sum(number, 0), tl.min(least, 0), tl.max(greatest, 0)
-
-
-@triton.jit
-def _measure(src, count, mid, top, scale, by_mass: tl.constexpr, block: tl.constexpr):
-    """Of the `count` logits at `src`: how many are >= mid, their measure, the least of them, the greatest below mid.
-
-    The measure is their number, or the mass sum(exp2((x - top) * scale)). It never falls as mid falls, because what is
-    left out adds exact zeros in a fixed order.
-    """
-    number = tl.zeros([block], tl.int32)
-    mass = tl.zeros([block], tl.float32)
-    least = tl.full([block], float("inf"), tl.float32)
-    below = tl.full([block], -float("inf"), tl.float32)
-    for start in range(0, count, block):
-        x = _load_ordered(src, start + tl.arange(0, block), count)
-        kept = x >= mid
-        number += kept.to(tl.int32)
-        if by_mass:
-            mass += tl.where(kept, tl.exp2((x - top) * scale), 0.0)
-        least = tl.minimum(least, tl.where(kept, x, float("inf")))
-        below = tl.maximum(below, tl.where(kept, -float("inf"), x))
-    total = tl.sum(number, 0)
-    if by_mass:
-        measure = tl.sum(mass, 0)
-    else:
-        measure = total.to(tl.float32)
-    return total, measure, tl.min(least, 0), tl.max(below, 0)
-
-
-@triton.jit
-def _search(
-    src, count, low, high, number, enough, target, top, scale, by_mass: tl.constexpr, block: tl.constexpr
-):  # fmt: skip
-    """Narrow [low, high], two logits at `src`, around the greatest t such that measure(x >= t) >= target.
-
-    `number` logits are >= low. Ends when low is t, or when no more than `enough` are left. Returns low, high, number.
-    Probes go down from high in growing strides until one is too low, and halve the interval from there. An end moves to
-    the nearest logit, never to a value between two, so ties end the search, and so does any spread of values.
-    """
-    stride = 4.0
-    while (low < high) & (number > enough):
-        mid = tl.maximum(low + (high - low) * 0.5, high - stride)
-        mid = tl.where((mid > low) & (mid <= high), mid, high)
-        kept, measure, least, below = _measure(src, count, mid, top, scale, by_mass, block)
-        if measure >= target:
-            low = least
-            number = kept
-            if not by_mass:
-                high = tl.where(measure == target, least, high)  # as many as wanted: a lower t only adds
-        else:
-            high = below
-            stride *= 4.0
-    return low, high, number
-
-
-@triton.jit
-def _gather(dst, src, count, low, block: tl.constexpr):
-    """Copy the logits >= low, no more than `block` of them, to `dst`, where this program may read them afterwards."""
-    written = 0
-    for start in range(0, count, block):
-        x = _load_ordered(src, start + tl.arange(0, block), count)
-        kept = (x >= low).to(tl.int32)
-        tl.store(dst + written + tl.cumsum(kept, 0) - 1, x, mask=kept != 0)
-        written += tl.sum(kept, 0)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _greatest(
-    row_ptr, vocab, few_ptr, few, low, high, number, target, top, scale, by_mass: tl.constexpr, block: tl.constexpr
-):  # fmt: skip
-    """The greatest t in [low, high] such that measure(x >= t) >= target; `number` logits are >= low.
-
-    The row is read until no more than `block` candidates are left. They go to `few_ptr`, and the search goes on there.
-    `few` is how many it holds already, 0 = none. Returns t and the new `few`.
-    """
-    if few == 0:
-        low, high, number = _search(row_ptr, vocab, low, high, number, block, target, top, scale, by_mass, block)
-        if number <= block:
-            _gather(few_ptr, row_ptr, vocab, low, block)
-            few = number
-    low, high, number = _search(few_ptr, few, low, high, number, 0, target, top, scale, by_mass, block)
-    return low, few
-
-
-@triton.jit
-def _threshold_kernel(
-    threshold_ptr,  # float32 [rows], written
-    few_ptr,  # like x [rows, block], scratch
-    x_ptr,  # [rows, vocab]
-    x_stride,
-    slot_ptr,  # int [rows]
-    params_ptr,  # int32 [slots, Param.COUNT]
-    vocab,
-    block: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
-    threshold = -float("inf")
-    temperature = _float_param(param, _TEMPERATURE)
-    if ((tl.load(param + _FEATURES) & _FILTER) != 0) & (temperature >= _MIN_TEMPERATURE):
-        row_ptr = x_ptr + row * x_stride
-        few_ptr += row * block
-        top_k = tl.load(param + _TOP_K)
-        top_p = _float_param(param, _TOP_P)
-        scale = _LOG2_E / temperature
-        number, low, top = _range(row_ptr, vocab, block)
-        threshold = top + tl.log(_float_param(param, _MIN_P)) * temperature
-        few = 0
-        if (top_k > 0) & (top_k < number):
-            target = top_k.to(tl.float32)
-            low, few = _greatest(row_ptr, vocab, few_ptr, few, low, top, number, target, top, scale, False, block)
-        threshold = tl.maximum(threshold, low)
-        if top_p < 1.0:
-            if few == 0:
-                number, mass, low, _ = _measure(row_ptr, vocab, threshold, top, scale, True, block)
-            else:
-                number, mass, low, _ = _measure(few_ptr, few, threshold, top, scale, True, block)
-            target = mass * top_p
-            low, few = _greatest(row_ptr, vocab, few_ptr, few, low, top, number, target, top, scale, True, block)
-            threshold = tl.maximum(threshold, low)
-    tl.store(threshold_ptr + row, threshold)
+    x = tl.where(inside & (x == x), x, -float("inf"))
+    allowed = x > -float("inf")
+    at = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(number_ptr + at, tl.sum(allowed.to(tl.int32), 0))
+    tl.store(least_ptr + at, tl.min(tl.where(allowed, x, float("inf")), 0))
+    tl.store(greatest_ptr + at, tl.max(x, 0))
 
 
 @triton.jit
@@ -340,7 +194,7 @@ def _best_kernel(
     nans = tl.max((x != x).to(tl.int32), 0)
     if sample:
         param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
-        temperature = _float_param(param, _TEMPERATURE)
+        temperature = float_param(param, _TEMPERATURE)
         asks = ((tl.load(param + _FEATURES) & _SAMPLE) != 0) & (tl.load(param + _TOP_K) != 1)
         if asks & (temperature >= _MIN_TEMPERATURE):
             if filtered:

@@ -71,14 +71,15 @@ def split_kernel(
     slots,
     window,
     rows_pad: tl.constexpr,
+    rank_block: tl.constexpr,
     block_n: tl.constexpr,
     min_chunk: tl.constexpr,
     overhead: tl.constexpr,
 ):
-    """Cut the rows of a step into work items of one chunk each, whole chunks before remainders. One program.
+    """Cut the rows of a step into work items of one chunk each, the longest first. One program.
 
-    The chunk is the one of a few candidates with the shortest estimated makespan on `slots` equal workers, where an
-    item costs its tokens plus `overhead`.
+    The chunk is the one of a few candidates with the shortest estimated makespan on `slots` programs that share the
+    bandwidth. An item costs its tokens plus `overhead`; the last program runs faster, with the others' share.
     """
     row = tl.arange(0, rows_pad)
     span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
@@ -90,18 +91,29 @@ def split_kernel(
     wholes = span[None, :] // candidate[:, None]  # [16, rows]
     whole = tl.sum(wholes, 1)
     items = tl.sum(tl.where(wholes * candidate[:, None] < span[None, :], wholes + 1, wholes), 1)
-    waves = tl.cdiv(whole, slots) * (candidate + overhead)
     even = (total + overhead * items) // slots
-    cost = tl.maximum(tl.maximum(waves, even), tl.minimum(candidate, longest) + overhead)
+    path = tl.maximum(tl.cdiv(whole, slots) * (candidate + overhead), tl.minimum(candidate, longest) + overhead)
+    cost = tl.maximum(even, path * 5 // 8)
     # Candidates shrink, so the largest of the cheapest is the first of them; the first one always fits.
     cost = tl.where((items <= capacity) | (i == 0), cost, 2147483647)
     chunk = tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
     whole = span // chunk
     # A row without keys is one empty item, which writes its zeros.
-    rest = ((span % chunk != 0) | ((span == 0) & (row < rows))).to(tl.int32)
+    left = span % chunk
+    rest = ((left != 0) | ((span == 0) & (row < rows))).to(tl.int32)
     wholes = tl.sum(whole, 0)
     whole_first = tl.cumsum(whole, 0) - whole
-    rest_first = wholes + tl.cumsum(rest, 0) - rest
+    # The longest remainders start first, so that those which end last are short.
+    rest_first = wholes + tl.zeros_like(row)
+    for start in range(0, rows, rank_block):
+        other = start + tl.arange(0, rank_block)
+        other_span = tl.minimum(tl.load(kv_len + other, mask=other < rows, other=0), window)
+        other_left = other_span % chunk
+        other_rest = (other_left != 0) | ((other_span == 0) & (other < rows))
+        longer = (other_left[None, :] > left[:, None]) | (
+            (other_left[None, :] == left[:, None]) & (other[None, :] < row[:, None])
+        )
+        rest_first += tl.sum((longer & other_rest[None, :]).to(tl.int32), 1)
     splits = whole + rest
     tl.store(row_splits + row, splits, mask=row < rows)
     tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
@@ -115,9 +127,8 @@ def split_kernel(
 
 
 @triton.jit
-def _scores(q, k, cap, cap_scale, has_softcap: tl.constexpr, precision: tl.constexpr):
-    """[M, N] products of queries and keys, soft-capped if asked; still to be multiplied by `scale`."""
-    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+def _capped(scores, cap, cap_scale, has_softcap: tl.constexpr):
+    """Products of queries and keys, soft-capped if asked; still to be multiplied by `scale`."""
     if has_softcap:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), which saturates where exp overflows
         scores = cap * (1.0 - 2.0 / (tl.exp2(scores * (cap_scale * 2.0 * _LOG2E)) + 1.0))
@@ -226,18 +237,21 @@ def decode_kernel(
     has_norm: tl.constexpr,
     pdl: tl.constexpr,
 ):
-    """One program = one work item of one KV head. Of a row in several pieces, the program that arrives last joins them.
+    """One program = one KV head of every so-manieth work item. Of a row in several pieces, who arrives last joins them.
 
     `fresh`: the new token's heads come from the qkv projection, are normalized (if `has_norm`) and rotated here, and
     its key and value are stored by the program whose work item ends with it. Dimensions are powers of two then.
     With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended.
     """
     head = tl.program_id(0) % kv_heads
-    item = tl.program_id(0) // kv_heads
-    if item < tl.load(header):
+    lane = tl.program_id(0) // kv_heads
+    lanes = tl.num_programs(0) // kv_heads
+    items = tl.load(header)
+    chunk = tl.load(header + 1)
+    item = lane
+    while item < items:
         row = tl.load(item_row + item)
         split = tl.load(item_split + item)
-        chunk = tl.load(header + 1)
         splits = tl.load(row_splits + row)
         length = tl.load(kv_len + row)
         start = tl.maximum(length - window, 0) + split * chunk
@@ -255,7 +269,7 @@ def decode_kernel(
             gdc_launch_dependents()
         top = tl.full([block_m], _NEVER, tl.float32)
         denominator = tl.zeros([block_m], tl.float32)
-        acc = tl.zeros([block_m, v_pad], tl.float32)
+        acc = tl.zeros([v_pad, block_m], tl.float32)
         q_head_at = query + row * query_row + q_head[:, None] * query_head
         if fresh:
             at = (length - 1).to(tl.int64) * (k_dim // 2)
@@ -274,7 +288,7 @@ def decode_kernel(
                 tl.store(v_cache + place * v_dim + lane_v[None, :], v)
                 top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
                 denominator += 1.0
-                acc += v
+                acc += tl.trans(v)
         else:
             q = tl.load(q_head_at + lane_k[None, :], mask=in_group[:, None] & (lane_k < k_dim)[None, :], other=0.0)
         if has_sinks:  # noqa: SIM102 - the outer one is decided at compile time
@@ -282,17 +296,23 @@ def decode_kernel(
             if splits == 1:
                 top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * _LOG2E
                 denominator += 1.0
+        q = tl.trans(q)
         for first in tl.range(start, stop, block_n, num_stages=stages):
             token = first + lane_n
             place = (block.to(tl.int64) * page + token % page) * kv_heads + head
             ahead = token + block_n
             block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
             k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
-            v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
-            scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
-            scores = tl.where((token < stop)[None, :], scores, _NEVER)
-            top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
-        result = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+            v = _load(v_cache + place[None, :] * v_dim + lane_v[:, None], lane_v[:, None], v_dim, v_pad)
+            scores = _capped(tl.dot(k, q, input_precision=precision), cap, cap_scale, has_softcap)
+            scores = tl.where((token < stop)[:, None], scores, _NEVER)
+            new_top = tl.maximum(top, tl.max(scores, 0) * scale)
+            p = tl.exp2(scores * scale - new_top[None, :])
+            keep = tl.exp2(top - new_top)
+            denominator = denominator * keep + tl.sum(p, 0)
+            acc = tl.dot(v, p.to(v.dtype), acc * keep[None, :], input_precision=precision)
+            top = new_top
+        result = tl.trans(acc / tl.where(denominator == 0.0, 1.0, denominator)[None, :])
         stored = in_group[:, None] & (lane_v < v_dim)[None, :]
         row_out = out + row * (kv_heads * group) * v_dim
         if splits == 1:
@@ -311,6 +331,8 @@ def decode_kernel(
                     kv_heads * group, group, group_pad, v_dim, v_pad, join_tile, has_sinks,
                 )  # fmt: skip
                 tl.store(arrival, 0)
+        # Longest items come first: whoever had the shortest of them takes the longest of the next.
+        item = 2 * (item // lanes + 1) * lanes - 1 - item
 
 
 @triton.jit(do_not_specialize=["row_slot", "kv_len", "query_start"])
@@ -394,7 +416,7 @@ def prefill_kernel(
             block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
             k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
             v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
-            scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
+            scores = _capped(tl.dot(q, tl.trans(k), input_precision=precision), cap, cap_scale, has_softcap)
             top, denominator, acc = _accumulate(scores, v, scale, top, denominator, acc, precision)
         for first in tl.range(unmasked, stop, block_n):
             key = first + lane_n
@@ -402,7 +424,7 @@ def prefill_kernel(
             place = (block.to(tl.int64) * page + key % page) * kv_heads + head
             k = _load(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
             v = _load(v_cache + place[:, None] * v_dim + lane_v[None, :], lane_v[None, :], v_dim, v_pad)
-            scores = _scores(q, k, cap, cap_scale, has_softcap, precision)
+            scores = _capped(tl.dot(q, tl.trans(k), input_precision=precision), cap, cap_scale, has_softcap)
             visible = key[None, :] <= position[:, None]
             if has_window:
                 visible = visible & (key[None, :] > position[:, None] - window)

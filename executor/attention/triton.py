@@ -25,7 +25,7 @@ _FEW_ROWS: Final = 32  # rows that one warp cuts
 _SPLIT_BLOCK: Final = 64
 _MIN_CHUNK: Final = 128
 _JOIN_LANES: Final = 2048  # numbers that one warp joins at once
-_CHUNK_OVERHEAD: Final = 300  # cost of starting a work item, in KV tokens
+_CHUNK_OVERHEAD: Final = 200  # cost of starting a work item, in KV tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,12 @@ class WorkList:
         self.header = torch.zeros(2, dtype=torch.int32, device=device)  # work items, tokens of a chunk
 
     def capacity(self, rows: int) -> int:
-        """Work items a step of `rows` decode rows may have: the fixed bound that a launch covers."""
+        """Work items a step of `rows` decode rows may have."""
         return rows + 2 * self._slots
+
+    def programs(self, rows: int) -> int:
+        """Of one KV head: as many as run at once, or one for each row. Those with short items take further ones."""
+        return max(rows, self._slots)
 
     def fill(self, kv_len: torch.Tensor, rows: int) -> None:
         """Cut the first `rows` of `kv_len`, int32 [rows]."""
@@ -82,6 +86,7 @@ class WorkList:
             self._slots,
             self.window,
             rows_pad=_FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
+            rank_block=_FEW_ROWS,
             block_n=_SPLIT_BLOCK,
             min_chunk=_MIN_CHUNK,
             overhead=_CHUNK_OVERHEAD,
@@ -163,7 +168,7 @@ class TritonBackend:
         work = self._work[spec.window, spec.kv_heads]
         block_n, num_warps, num_stages = _decode_tile(spec)
         group_pad, v_pad = triton.next_power_of_2(spec.group), triton.next_power_of_2(spec.v_dim)
-        decode_kernel[(work.capacity(rows) * spec.kv_heads,)](
+        decode_kernel[(work.programs(rows) * spec.kv_heads,)](
             query,
             layer.k_cache,
             layer.v_cache,
@@ -188,7 +193,7 @@ class TritonBackend:
             inputs.block_table.stride(0),
             **_dims(spec),
             page=self._block_size,
-            block_m=max(16, triton.next_power_of_2(spec.group)),
+            block_m=max(8, triton.next_power_of_2(spec.group)),
             block_n=block_n,
             stages=num_stages,
             group_pad=group_pad,

@@ -116,12 +116,12 @@ def _peers(ranks: Ranks, memories: Sequence[int], width: int) -> Peers:
         os.ftruncate(fd, size)
         maps.append(torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8))
     addresses = [memory.data_ptr() for memory in maps]
-    deaf = Peers(ranks.rank, torch.zeros(size, dtype=torch.uint8), addresses, rows=1, width=width, dtype=torch.float32)
-
+    own = maps[ranks.rank]
+    deaf = Peers(ranks.rank, own, [own.data_ptr()] * len(maps), rows=1, width=width, dtype=torch.float32)
     assert "sums differ from NCCL's" in prove(deaf, ranks, patience=10)
-    maps[ranks.rank].zero_()  # flags were shown in it
+    own.zero_()  # rows have arrived in it
     ranks.agree(True)
-    peers = Peers(ranks.rank, maps[ranks.rank], addresses, rows=PEER_ROWS, width=width, dtype=torch.float32)
+    peers = Peers(ranks.rank, own, addresses, rows=PEER_ROWS, width=width, dtype=torch.float32)
     assert prove(peers, ranks) == ""
     peers.patience = PATIENCE
     kept.append(maps)

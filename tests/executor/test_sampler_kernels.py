@@ -139,12 +139,14 @@ def test_top_p_keeps_the_smallest_nucleus(vocab: int, asks: dict[str, float]) ->
 
 def thresholds(vocab: int, asks: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sort's and the kernel's thresholds [rows, 1], and the logits [rows, vocab], one row of each shape."""
-    from executor import sampler_kernels
+    from executor import sampler_kernels, threshold_kernels
 
     x = torch.stack(list(logit_shapes(vocab).values()))
     rows = [Row(slot, temperature=0.7, **asks) for slot in range(len(x))]
     bench = Bench(vocab, rows, DEVICE)
-    got = sampler_kernels.filter_threshold(bench.sampler.tables, x.to(DEVICE), bench.step(rows)[0]).cpu()
+    tables, (slot, position, *_) = bench.sampler.tables, bench.step(rows)
+    prepared, summary = sampler_kernels.prepare(tables, x.to(DEVICE), slot, position)
+    got = threshold_kernels.filter_threshold(tables, prepared, summary, slot).cpu()
     want = sampler_cpu.filter_threshold(
         x.numpy(),
         np.full(len(x), 0.7, np.float32),

@@ -1,0 +1,56 @@
+"""Rows of two ranks meet in each other's memory, here of one device; by turns, since one process does both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.executor.fused_model import INTERPRET, ON_GPU
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ON_GPU and not INTERPRET, reason="needs a CUDA device, or triton and TRITON_INTERPRET=1"),
+]
+DEVICE = "cuda" if ON_GPU else "cpu"
+ROWS, EPS = 3, 1e-6
+
+
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_rank_sums_what_it_has_with_what_it_was_sent(width: int, dtype: torch.dtype) -> None:
+    from executor.peers import Peers, Place, bytes_of
+
+    size = bytes_of(ROWS, width, dtype, 2)
+    memories = [torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    addresses = [memory.data_ptr() for memory in memories]
+    one, other = (Peers(i, memories[i], addresses, rows=ROWS, width=width, dtype=dtype) for i in range(2))
+    random = torch.Generator().manual_seed(width)
+    for place in (*Place, *Place):
+        rows = torch.randn(2, ROWS, width, generator=random).to(dtype)
+        x, gain = torch.randn(ROWS, width, generator=random).to(dtype), torch.randn(width, generator=random).to(dtype)
+        one.patience = 0  # sends, and does not wait for what the other one sends only then
+        add_norm(one, place, rows[0], x, gain)
+        got = add_norm(other, place, rows[1], x, gain)
+        one.patience = -1
+        one._turns -= (torch.arange(len(one._turns), device=DEVICE) // ROWS == place).int()
+        again = add_norm(one, place, rows[0], x, gain)
+        total = x.float() + rows[0].float() + rows[1].float()
+        normed = total * torch.rsqrt(total.square().mean(1, keepdim=True) + EPS) * gain.float()
+        near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5}
+        for summed, norm in (got, again):
+            torch.testing.assert_close(summed.cpu().float(), total, **near)
+            torch.testing.assert_close(norm.cpu().float(), normed, **near)
+        assert torch.equal(got[1], again[1]), "ranks disagree"
+
+
+def add_norm(
+    peers: object, place: object, rows: torch.Tensor, x: torch.Tensor, gain: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from executor.peers import Peers, Place
+
+    assert isinstance(peers, Peers) and isinstance(place, Place)
+    peers.rows(len(rows)).copy_(rows)
+    summed = x.to(DEVICE, copy=True)
+    normed = torch.full_like(summed, torch.nan)
+    peers.add_norm(place, summed, gain.to(DEVICE), EPS, normed, pdl=False)
+    return summed, normed
