@@ -33,6 +33,12 @@ def write_safetensors(path: Path, nbytes: int = 16) -> Path:
     return path
 
 
+def fake_tokens(prompt_tokens: int, seed: int, count: int) -> list[int]:
+    """What the fake executor makes of the tiny model, whatever happens meanwhile: see executor/fake.py."""
+    ids = range(1, VOCAB_SIZE)  # 0 ends a sequence
+    return [ids[(seed + prompt_tokens + i) % len(ids)] for i in range(count)]
+
+
 def tiny_model(folder: Path) -> Path:
     """What `engine-launch --fake-executor` can serve under the name of the folder."""
     save_byte_level(folder)

@@ -22,7 +22,7 @@ from frontend import flags, launch
 from frontend.replica import config_of, environment_of
 from ipc.errors import ConfigError
 from tests.e2e.engine import read_line, wait_until
-from tests.frontend.model_folder import tiny_model
+from tests.frontend.model_folder import fake_tokens, tiny_model
 from tests.frontend.test_supervisor import START_S, STOP_S, Launched, launched
 from tests.scheduler.pipeline import tiny_config
 
@@ -53,16 +53,15 @@ def running(engine: Launched) -> dict[str, int]:
 
 @contextlib.contextmanager
 def load(engine: Launched, count: int, max_tokens: int) -> Iterator[None]:
-    """So many requests run meanwhile; afterwards each has its tokens, the same as in peace."""
+    """So many requests run meanwhile; afterwards each has all its tokens, and no other."""
     asked = [dict(prompt=[1, 8, 9 + i], max_tokens=max_tokens, seed=i, return_token_ids=True) for i in range(count)]
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         answers = [pool.submit(engine.complete, **fields) for fields in asked]
         yield
         found = [answer.result() for answer in answers]
         assert [answer.status_code for answer in found] == [200] * count, [answer.text for answer in found]
-        calm = pool.map(lambda fields: engine.complete(**fields).json(), asked)
-        for answer, expected in zip(found, calm, strict=True):
-            assert answer.json()["choices"] == expected["choices"]
+        for seed, answer in enumerate(found):
+            assert answer.json()["choices"][0]["token_ids"] == fake_tokens(3, seed, max_tokens)
             assert answer.json()["usage"]["completion_tokens"] == max_tokens
 
 
@@ -136,7 +135,7 @@ def test_a_replica_that_fails_too_often_is_given_up_and_the_last_one_ends_the_en
 
 def test_a_stopped_scheduler_does_not_hide_the_replicas_that_answer(folder: Path) -> None:
     with launched(folder, *FLAGS, env=SLOW) as engine:
-        with load(engine, 6, 300):
+        with load(engine, 6, 200):
             wait_until(lambda: sum(running(engine).values()) == 6, START_S, "all run")
             processes(engine)["scheduler", 1].send_signal(signal.SIGSTOP)
             assert httpx.get(f"{engine.root}/health", timeout=60).status_code == 200

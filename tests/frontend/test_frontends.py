@@ -206,23 +206,23 @@ def test_a_frontend_whose_scheduler_is_away_says_so_and_recovers(tmp_path_factor
     model = card(str(folder))
     template = folder / "own.jinja"
     template.write_text("{{ messages[0].content }}")
-    with ScriptedScheduler(
-        model_card=model, welcome=Welcome(PROTOCOL_VERSION + 1, True, model, 1, 100, 16)
-    ) as scheduler:
-        scheduler.answers = False
-        with joined(scheduler.endpoint, "--chat-template", str(template)) as frontend:
-            answer = httpx.get(f"{frontend.root}/health", timeout=WAIT_S)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
-            assert "does not answer" in answer.json()["error"]["message"]
-            scheduler.answers = True  # but in another version
+    served, newer = (Welcome(PROTOCOL_VERSION + later, True, model, 1, 100, 16) for later in (0, 1))
 
-            def complaint() -> str:
-                return str(httpx.get(f"{frontend.root}/health", timeout=WAIT_S).json()["error"]["message"])
+    def health() -> tuple[int, str]:
+        answer = httpx.get(f"{frontend.root}/health", timeout=WAIT_S)
+        return answer.status_code, answer.text and answer.json()["error"]["message"]
 
-            wait_until(lambda: f"protocol {PROTOCOL_VERSION + 1}" in complaint(), WAIT_S, "the reason is told")
-            scheduler.welcome = Welcome(PROTOCOL_VERSION, True, model, 1, 100, 16)
-            wait_until(lambda: status(frontend.root) == 200, WAIT_S, "it serves")
-            body = {"messages": [{"role": "user", "content": "the"}]}
-            tokens = httpx.post(f"{frontend.root}/tokenize", json=body, timeout=WAIT_S).json()["tokens"]
-            assert tokens == byte_level_tokenizer().encode("the"), "by the template of the flag"
-            assert frontend.stop() == 0
+    with ScriptedScheduler(model_card=model) as silent:
+        silent.answers = False
+        with joined(silent.endpoint, "--chat-template", str(template)) as frontend:
+            assert health()[0] == 503 and "does not answer" in health()[1]
+            silent.hang_up()
+            with ScriptedScheduler(model_card=model, welcome=newer, directory=silent.directory):
+                wait_until(lambda: f"protocol {PROTOCOL_VERSION + 1}" in health()[1], WAIT_S, "the reason is told")
+                assert health()[0] == 503
+            with ScriptedScheduler(model_card=model, welcome=served, directory=silent.directory):
+                wait_until(lambda: health()[0] == 200, WAIT_S, "it serves")
+                body = {"messages": [{"role": "user", "content": "the"}]}
+                tokens = httpx.post(f"{frontend.root}/tokenize", json=body, timeout=WAIT_S).json()["tokens"]
+                assert tokens == byte_level_tokenizer().encode("the"), "by the template of the flag"
+                assert frontend.stop() == 0

@@ -12,12 +12,13 @@ import psutil
 import pytest
 
 from tests.e2e.engine import wait_until
-from tests.frontend.model_folder import tiny_model
+from tests.frontend.model_folder import fake_tokens, tiny_model
 from tests.frontend.test_supervisor import START_S, Launched, launched
 
 RANKS = 3
 FLAGS = ("--tensor-parallel-size", str(RANKS), "--enable-debug-endpoints")
-REQUEST = dict(max_tokens=250, return_token_ids=True)
+REQUEST = dict(prompt=[1, 8, 9], max_tokens=250, return_token_ids=True)
+EXPECTED = fake_tokens(3, seed=0, count=250)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +36,8 @@ def ranks_of(engine: Launched) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> list[int]:
-    """What one rank says."""
-    with launched(folder) as engine:
-        ids: list[int] = engine.complete(**REQUEST).json()["choices"][0]["token_ids"]
-        return ids
-
-
 @pytest.mark.parametrize("fault", ["kill the last", "kill the first", "stop the last"])
-def test_a_rank_that_ends_or_hangs_is_replaced_with_all_others(folder: Path, expected: list[int], fault: str) -> None:
+def test_a_rank_that_ends_or_hangs_is_replaced_with_all_others(folder: Path, fault: str) -> None:
     watchdog = ["--watchdog-timeout", "4"] if "stop" in fault else []
     with launched(folder, *FLAGS, *watchdog, env={"ENGINE_FAKE_STEP_US": "10000"}) as engine:
         before = ranks_of(engine)
@@ -54,7 +47,7 @@ def test_a_rank_that_ends_or_hangs_is_replaced_with_all_others(folder: Path, exp
             wait_until(lambda: engine.invariants()["running"] == 1, START_S, "it runs")
             hit = before[0 if "first" in fault else RANKS - 1]
             hit.send_signal(signal.SIGSTOP if "stop" in fault else signal.SIGKILL)
-            assert answer.result().json()["choices"][0]["token_ids"] == expected
+            assert answer.result().json()["choices"][0]["token_ids"] == EXPECTED
         after = ranks_of(engine)
         assert sorted(after) == list(range(RANKS))
         assert not {process.pid for process in before.values()} & {process.pid for process in after.values()}
@@ -67,14 +60,14 @@ def test_a_rank_that_ends_or_hangs_is_replaced_with_all_others(folder: Path, exp
         assert engine.wait() == 0
 
 
-def test_a_restarted_scheduler_goes_on_with_the_same_ranks(folder: Path, expected: list[int]) -> None:
+def test_a_restarted_scheduler_goes_on_with_the_same_ranks(folder: Path) -> None:
     with launched(folder, *FLAGS, env={"ENGINE_FAKE_STEP_US": "10000"}) as engine:
         before = {rank: process.pid for rank, process in ranks_of(engine).items()}
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answer = pool.submit(engine.complete, **REQUEST)
             wait_until(lambda: engine.invariants()["running"] == 1, START_S, "it runs")
             engine.roles()["scheduler"].kill()
-            assert answer.result().json()["choices"][0]["token_ids"] == expected
+            assert answer.result().json()["choices"][0]["token_ids"] == EXPECTED
         assert {rank: process.pid for rank, process in ranks_of(engine).items()} == before
         engine.process.terminate()
         assert engine.wait() == 0
