@@ -70,7 +70,7 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
     wire = Wire(channels)
     wire.stop_on_sigterm()
     model, fault = FakeModel(config), read_fault("executor", channels.epoch)
-    layout, trace = config.result_layout, open_trace(channels.trace)
+    layout, trace = config.result_layout, open_trace(channels.trace, config.replica or 0)
     step_ns = 1000 * int(os.environ.get("ENGINE_FAKE_STEP_US", "0"))
     wire.hello(config.num_blocks or DEFAULT_NUM_BLOCKS)
     step, previous_end_ns = 0, 0

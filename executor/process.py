@@ -64,7 +64,7 @@ class Executor:
         self._wire = wire
         self._limits, self._layout = config.limits, config.result_layout
         self._fault = read_fault("executor", channels.epoch)
-        self._trace = open_trace(channels.trace)
+        self._trace = open_trace(channels.trace, config.replica or 0)
         self._error: BaseException | None = None
         self._device = open_device(config, channels.place)
         self._ranks = open_ranks(config, channels, self._device)

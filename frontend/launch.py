@@ -174,7 +174,8 @@ def serve(options: flags.Options) -> int:
         if nodes is not None:
             config = msgspec.structs.replace(config, nodes_endpoint=f"tcp://{address_of(nodes)}")
             print(f"{AWAITING}{config.nodes - 1} nodes at {config.nodes_endpoint}", flush=True)
-        with step_trace(options.trace, on_demand=options.enable_debug_endpoints) as trace:
+        replicas = max(1, options.data_parallel_size)
+        with step_trace(options.trace, on_demand=options.enable_debug_endpoints, replicas=replicas) as trace:
             return _supervise(options, config, listener, nodes, trace, started_s)
     finally:
         if nodes is not None:

@@ -39,7 +39,7 @@ class Plumbing:
         nodes: socket.socket | None = None,
         elsewhere: Elsewhere | None = None,
     ) -> None:
-        """`trace`: memory of the step trace, -1 for none; of the replicas it shows the first. `nodes`: where other
+        """`trace`: memory of the step trace, -1 for none. `nodes`: where other
         nodes with ranks of the only replica connect; `elsewhere`: on such a node."""
         self.listener = listener
         self._trace = trace
@@ -50,9 +50,8 @@ class Plumbing:
         self.lines: list[Lines] = []
         try:
             for number in range(replicas):
-                traced = -1 if number else trace
                 endpoints = self.endpoints.replica(number)
-                self.lines.append(Lines(config, endpoints, self.parent_pipe, traced, nodes, elsewhere))
+                self.lines.append(Lines(config, endpoints, self.parent_pipe, trace, nodes, elsewhere))
         except OSError:
             self.close()
             raise

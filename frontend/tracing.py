@@ -16,7 +16,7 @@ from ipc.trace import Trace, create_trace
 
 
 @contextlib.contextmanager
-def step_trace(file: str | None, *, on_demand: bool) -> Iterator[int]:
+def step_trace(file: str | None, *, on_demand: bool, replicas: int) -> Iterator[int]:
     """The trace's memory as an fd, -1 if nobody wants one. `file` is written when the engine has stopped.
 
     Raises ConfigError at once if the file cannot be written.
@@ -25,7 +25,7 @@ def step_trace(file: str | None, *, on_demand: bool) -> Iterator[int]:
         yield -1
         return
     target = None if file is None else _open(file)
-    memory = create_trace(recording=target is not None)
+    memory = create_trace(recording=target is not None, replicas=replicas)
     try:
         yield memory
     finally:

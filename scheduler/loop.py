@@ -99,7 +99,7 @@ class Loop:
         self.grammars = GrammarWorker(config.card, self.grammar_bell)
         self.stop_bell = Doorbell.create()
         self.stopping = False
-        self.trace = open_trace(channels.trace)
+        self.trace = open_trace(channels.trace, config.replica or 0)
         self.last_result_ns = 0
         self.next_check_ns = 0
         self.owes_drained = False

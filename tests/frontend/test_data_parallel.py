@@ -87,6 +87,9 @@ def test_replicas_share_the_requests_and_every_view_is_of_all_of_them(folder: Pa
             assert min(running(engine).values()) >= 2
             assert httpx.get(f"{engine.root}/load", timeout=60).json() == {"server_load": 8}
             text = engine.metrics()
+            traced = httpx.post(f"{engine.root}/debug/trace?seconds=0.2", timeout=60).json()["traceEvents"]
+            lanes = {event["args"]["name"] for event in traced if event["name"] == "process_name"}
+            assert {"device of replica 0", "scheduler of replica 1", "frontend 1"} <= lanes
             shown = re.findall(r'num_requests_running\{engine="(\d)",model_name="tiny"\} (\d)', text)
             assert sorted(number for number, _ in shown) == ["0", "1"]
         info = httpx.get(f"{engine.root}/server_info", timeout=60).json()

@@ -63,6 +63,22 @@ def test_the_json_has_a_lane_for_each_process_and_stream(memory: int) -> None:
     assert spans["scheduler"]["args"] == {"step": 7, "rows": 4}
 
 
+def test_each_replica_has_its_lanes_and_frontends_come_after_them() -> None:
+    fd = create_trace(recording=True, replicas=100)  # more tracks than a page has words
+    try:
+        for replica in (0, 1, 99):
+            Trace(fd, replica).span(Track.COMPUTE, Act.COMPUTE, 4_000, 5_000, step=replica)
+        Trace(fd).span(Track.FRONTEND, Act.FAN_OUT, 6_000, 7_000)
+        assert Trace(fd, 99).spans(Track.COMPUTE)[:, 3].tolist() == [99]
+        events = json.loads(Trace(fd).chrome())["traceEvents"]
+    finally:
+        os.close(fd)
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert [processes[e["pid"]] for e in events if e["ph"] == "X"] == [
+        "device of replica 0", "device of replica 1", "device of replica 99", "frontend 1",
+    ]  # fmt: skip
+
+
 def test_other_memory_is_refused_and_none_is_none() -> None:
     fd = os.memfd_create("other")
     os.ftruncate(fd, 1 << 16)
