@@ -6,9 +6,11 @@ Used by flags.py, which knows where flags come from and what becomes of them, an
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
 from frontend.digests import digest
@@ -64,11 +66,54 @@ def _metrics_prefix(text: str) -> str:
     return text
 
 
+class _Help(argparse.HelpFormatter):
+    """Says every default, and breaks no flag at its dashes."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, text = action.default, action.help or ""
+        if default in (None, False, argparse.SUPPRESS, []) or "default" in text:
+            return text
+        return f"{text} (default: {'on' if default is True else '%(default)s'})".lstrip()
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse that raises ConfigError: a fault of the user is one line, not a usage page."""
 
+    def __init__(self, *, aliases: Mapping[str, str] | None = None, **options: Any) -> None:
+        """`aliases`: names that the caller replaces by those of flags before they come here."""
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+        self._aliases = aliases or {}
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what nobody knows is answered with what may have been meant."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            meant = self.closest(name)
+            hint = f"; did you mean {meant}?" if meant else "; see --help"
+            raise ConfigError(f"{name}: no such flag{hint}" if name[0] == "-" else f"unexpected argument {name!r}")
+        return found
+
+    def find(self, flag: str) -> argparse.Action | None:
+        return self._option_string_actions.get(self._aliases.get(flag, flag))
+
+    def closest(self, name: str, cutoff: float = 0.7) -> str | None:
+        """The flag that somebody who wrote `name` is likely to have meant."""
+        known = [*self._option_string_actions, *self._aliases]
+        # Without their dashes, which alone would make short names alike.
+        close = difflib.get_close_matches(name.lstrip("-"), [flag.lstrip("-") for flag in known], n=1, cutoff=cutoff)
+        return f"--{close[0]}" if close else None
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +121,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("model_positional", nargs="?", metavar="MODEL", help="same as --model")
     group.add_argument("--model", metavar="MODEL", help="folder with config.json and safetensors, or hub id ORG/NAME")
     group.add_argument("--served-model-name", metavar="NAME", help="name in the API (default: last part of MODEL)")
-    group.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="auto: as the model says"
+    )
     group.add_argument("--max-model-len", type=_integer(1), metavar="TOKENS", help="context; default: the model's own")
     group.add_argument("--max-logprobs", type=_integer(0, 1000), default=20, metavar="N", help="most a request may ask")
     group.add_argument(
@@ -123,9 +170,17 @@ def _cluster_flags(parser: argparse.ArgumentParser) -> None:
 def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scheduling")
     group.add_argument("--max-num-seqs", type=_integer(1, 8192), default=256, metavar="N", help="requests in a step")
-    group.add_argument("--max-num-batched-tokens", type=_integer(1), metavar="N", help="tokens in a step")
     group.add_argument(
-        "--long-prefill-token-threshold", type=_integer(1), metavar="N", help="prompt tokens of one request in a step"
+        "--max-num-batched-tokens",
+        type=_integer(1),
+        metavar="N",
+        help="tokens in a step (default: 8192 on CUDA, 2048 on a CPU)",
+    )
+    group.add_argument(
+        "--long-prefill-token-threshold",
+        type=_integer(1),
+        metavar="N",
+        help="prompt tokens of one request in a step (default: all)",
     )
     group.add_argument(
         "--pipeline-depth",
@@ -139,7 +194,9 @@ def _scheduling_flags(parser: argparse.ArgumentParser) -> None:
 
 def _device_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("device and memory")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if the driver shows a GPU"
+    )
     group.add_argument(
         "--tensor-parallel-size", type=_integer(1, 32), default=1, metavar="N", help="GPUs that share the model"
     )
@@ -165,7 +222,13 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", type=_integer(1, 256), default=16, metavar="TOKENS", help="tokens of a KV block")
     group.add_argument("--num-gpu-blocks-override", type=_integer(2), metavar="N", help="KV blocks; default: profile")
     group.add_argument("--kv-cache-memory-bytes", type=_size_bytes, metavar="SIZE", help="such as 4G, or 512MiB")
-    group.add_argument("--gpu-memory-utilization", type=_number(0, 1, above=True), default=0.9, metavar="SHARE")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=_number(0, 1, above=True),
+        default=0.9,
+        metavar="SHARE",
+        help="of its memory, for all of the engine",
+    )
     group.add_argument("--enforce-eager", action=_SWITCH, default=False, help="no CUDA graphs, nothing compiled")
     group.add_argument("--compile", action=_SWITCH, help="compile the decoder layers (default: on CUDA)")
 
@@ -202,6 +265,11 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-file", metavar="FILE", help="a key a line")
     group.add_argument("--isolate-api-keys", action=_SWITCH, default=False, help="keys share no cached prefixes")
     group.add_argument(
+        "--allowed-origins",
+        metavar="ORIGINS",
+        help="whose web pages may call the API: https://a.example, several with commas, or * (default: none)",
+    )
+    group.add_argument(
         "--metrics-prefix", type=_metrics_prefix, default="engine", metavar="NAME", help="vllm: for its dashboards"
     )
     group.add_argument("--chat-template", metavar="FILE", help="jinja file, instead of the model's own template")
@@ -209,7 +277,10 @@ def http_flags(parser: argparse.ArgumentParser) -> None:
         "--tool-call-parser", choices=PARSERS, help="how the model writes tool calls (default: by its chat template)"
     )
     group.add_argument(
-        "--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True, help="always on"
+        "--enable-auto-tool-choice",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for vLLM's command lines: it is always on",
     )
 
 
@@ -227,7 +298,12 @@ def _configuration_flags(parser: argparse.ArgumentParser) -> None:
 def log_flags(parser: argparse.ArgumentParser) -> None:
     """Also flags of `engine-frontend`."""
     group = parser.add_argument_group("logs")
-    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    group.add_argument(
+        "--log-level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="debug also names ignored fields of requests",
+    )
     group.add_argument(
         "--log-format", default="text", choices=("text", "json"), help="json: an object a line, of every process"
     )

@@ -6,19 +6,21 @@ environment over the file. Must never guess: an entry no flag has is an error th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from frontend.flag_groups import FlagParser
 from ipc.errors import ConfigError
 
 CONFIG_FLAG: Final = "--config"
 _PREFIX: Final = "ENGINE_"
 _TRUE: Final = ("1", "true", "yes", "on")
 _FALSE: Final = ("0", "false", "no", "off", "")
+_NO_SETTINGS: Final = ("--help", "--version", CONFIG_FLAG)  # ENGINE_VERSION is likely to be somebody else's
+_TYPO: Final = 0.85  # so much alike, and a variable was meant for us
 
 
 def config_file(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
@@ -51,21 +53,26 @@ def from_file(path: Path) -> list[str]:
     return arguments
 
 
-def from_environ(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> list[str]:
-    """ENGINE_MAX_NUM_SEQS=4 as --max-num-seqs=4, for every flag of `parser`. Raises ConfigError."""
+def from_environ(parser: FlagParser, environ: Mapping[str, str]) -> list[str]:
+    """ENGINE_MAX_NUM_SEQS=4 as --max-num-seqs=4, for every flag and alias of `parser`.
+
+    Other programs may have variables of that prefix; only one that is nearly a flag is a ConfigError.
+    """
     arguments: list[str] = []
-    for action in parser._actions:
-        flag = next((option for option in action.option_strings if option.startswith("--")), "")
-        variable = _PREFIX + flag[2:].replace("-", "_").upper()
-        text = environ.get(variable)
-        if not flag or flag == CONFIG_FLAG or text is None:
+    for variable, text in environ.items():
+        flag = "--" + variable.removeprefix(_PREFIX).lower().replace("_", "-")
+        if not variable.startswith(_PREFIX) or flag in _NO_SETTINGS:
             continue
-        value: Any = text
-        if action.nargs == 0:
-            if text.lower() not in _TRUE + _FALSE:
-                raise ConfigError(f"{variable}: expected true or false, got {text!r}")
-            value = text.lower() in _TRUE
-        arguments += _argument(flag, value)
+        action = parser.find(flag)
+        if action is None:
+            if (meant := parser.closest(flag, cutoff=_TYPO)) is not None:
+                name = _PREFIX + meant[2:].replace("-", "_").upper()
+                raise ConfigError(f"{variable}: no such variable; did you mean {name}?")
+            continue
+        is_switch = action.nargs == 0
+        if is_switch and text.lower() not in _TRUE + _FALSE:
+            raise ConfigError(f"{variable}: expected true or false, got {text!r}")
+        arguments += _argument(flag, text.lower() in _TRUE if is_switch else text)
     return arguments
 
 

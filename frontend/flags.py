@@ -6,7 +6,6 @@ Called by the launcher only. Reads no file but those that flags name, touches no
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +70,7 @@ class Options:
     api_key: tuple[str, ...]  # digests
     api_key_file: str | None
     isolate_api_keys: bool
+    allowed_origins: str | None
     frontend_endpoint: str | None
     auth_keys: str | None
     max_num_seqs: int
@@ -125,12 +125,12 @@ def hide_api_keys(program: str, argv: Sequence[str]) -> None:
         setproctitle.setproctitle(" ".join((program, *shown)))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> FlagParser:
     parser = FlagParser(
         prog="engine-launch",
         description="Serve a language model over the OpenAI API.",
         epilog=f"Underscores work as dashes. Also understood: {', '.join([*ALIASES, *ALWAYS])}.",
-        allow_abbrev=False,
+        aliases=ALIASES,
     )
     parser.add_argument("--version", action="version", version=f"tandem-engine {version('tandem-engine')}")
     for add in GROUPS:
@@ -152,14 +152,6 @@ def _canonical(argument: str) -> str:
     return ALIASES.get(name, name) + equals + value
 
 
-def _unknown_flag(parser: argparse.ArgumentParser, argument: str) -> ConfigError:
-    name = argument.partition("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings] + list(ALIASES)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; see --help"
-    return ConfigError(f"{name}: no such flag{hint}" if name.startswith("-") else f"unexpected argument {name!r}")
-
-
 def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Options:
     """The options in a file, in `environ`, and in `argv` (without the program's name); the later ones win.
 
@@ -172,7 +164,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
     file = config_file(canonical, environ)
     if file is not None:
         _apply(parser, _wanted(from_file(file)), namespace, f"{file}: ")
-    _apply(parser, from_environ(parser, environ), namespace, "environment: ")
+    _apply(parser, _wanted(from_environ(parser, environ)), namespace, "environment: ")
     default_model = getattr(namespace, "model", None)
     _apply(parser, canonical, namespace, "")
     values = vars(namespace)
@@ -196,12 +188,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
     return Options(**values)
 
 
-def _apply(parser: argparse.ArgumentParser, arguments: list[str], namespace: argparse.Namespace, where: str) -> None:
+def _apply(parser: FlagParser, arguments: list[str], namespace: argparse.Namespace, where: str) -> None:
     """Parse `arguments` over what `namespace` holds; errors begin with `where`."""
     try:
-        _, unknown = parser.parse_known_args(arguments, namespace)
-        if unknown:
-            raise _unknown_flag(parser, unknown[0])
+        parser.parse_args(arguments, namespace)
     except ConfigError as error:
         raise ConfigError(where + error.message) from error
 
@@ -358,4 +348,5 @@ def http_config(options: Options | argparse.Namespace, api_key_digests: tuple[st
         tool_call_parser=options.tool_call_parser,
         api_key_digests=api_key_digests,
         isolate_api_keys=options.isolate_api_keys,
+        allowed_origins=tuple(filter(None, map(str.strip, (options.allowed_origins or "").split(",")))),
     )

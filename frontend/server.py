@@ -18,8 +18,10 @@ from typing import Any, Final
 
 import msgspec
 from litestar import HttpMethod, Litestar, Request, Response, get, post, route
+from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.params import FromPath
 from litestar.types import Message, Scope
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -208,7 +210,7 @@ async def models(request: AnyRequest) -> AnyResponse:
 
 
 @get("/v1/models/{name:path}")
-async def model(request: AnyRequest, name: str) -> AnyResponse:
+async def model(request: AnyRequest, name: FromPath[str]) -> AnyResponse:
     service = _service(request)
     service.require_ready()
     service.require_model(name.removeprefix("/"))
@@ -334,6 +336,7 @@ async def add_request_id(message: Message, scope: Scope) -> None:
 
 def make_app(service: Service, *, debug_endpoints: bool = False, trace: Trace | None = None) -> Litestar:
     """The ASGI application; it uses `service` and owns nothing. `trace`: what a debug endpoint records."""
+    origins = service.config.allowed_origins
     return Litestar(
         route_handlers=[
             completions,
@@ -356,6 +359,7 @@ def make_app(service: Service, *, debug_endpoints: bool = False, trace: Trace | 
         before_send=[add_request_id],
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,
+        cors_config=CORSConfig(list(origins), expose_headers=["x-request-id"]) if origins else None,
         logging_config=None,
         state=State({"service": service, "trace": trace}),
     )

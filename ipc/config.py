@@ -31,6 +31,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
     tool_call_parser: str | None = None  # None: as the chat template suggests
     api_key_digests: tuple[str, ...] = ()  # SHA-256 of the keys; none: the API is open
     isolate_api_keys: bool = False
+    allowed_origins: tuple[str, ...] = ()  # of web pages whose scripts may call the API; "*": of any
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

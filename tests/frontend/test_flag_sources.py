@@ -65,8 +65,16 @@ def test_a_wrong_variable_names_itself_or_its_flag() -> None:
         flags.parse(["m"], {"ENGINE_PORT": "x"})
     with pytest.raises(ConfigError, match="ENGINE_ENFORCE_EAGER: expected true or false, got 'maybe'"):
         flags.parse(["m"], {"ENGINE_ENFORCE_EAGER": "maybe"})
+    with pytest.raises(ConfigError, match=r"ENGINE_MAX_NUM_SEQ: no such variable; did you mean ENGINE_MAX_NUM_SEQS\?"):
+        flags.parse(["m"], {"ENGINE_MAX_NUM_SEQ": "4"})
     with pytest.raises(ConfigError, match=r"/nowhere\.yaml is not readable"):
         flags.parse(["m", "--config", "/nowhere.yaml"])
+
+
+def test_a_variable_may_have_an_engines_other_name_and_what_is_none_of_ours_is_left_alone() -> None:
+    of_kubernetes = {"ENGINE_SERVICE_HOST": "10.0.0.1", "ENGINE_SERVICE_PORT": "80", "ENGINE_PORT_80_TCP_PROTO": "tcp"}
+    options = flags.parse(["m"], {"ENGINE_PAGE_SIZE": "8", "ENGINE_VERSION": "7", "ENGINE_X": "", **of_kubernetes})
+    assert flags.changed(options) == {"block-size": 8}
 
 
 def test_a_printed_configuration_is_the_same_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

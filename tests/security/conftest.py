@@ -17,6 +17,7 @@ from tests.frontend.model_folder import tiny_model
 FILE_KEY, ENVIRONMENT_KEY, FLAG_KEY = "sk-from-a-file-1", "sk-from-the-environment-2", "sk-from-a-flag-3"
 SECRET_PROMPT = "my-secret-prompt"
 FORGED = "FORGED LINE"
+ORIGIN = "https://page.example"
 WAIT_S = 60.0
 
 
@@ -49,7 +50,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     keys, log = folder / "api-keys", folder / "log"
     keys.write_text(f"# tenants\n{FILE_KEY}\n\n")
     flags = ["--fake-executor", "--device", "cpu", "--api-key-file", str(keys), "--api-key", FLAG_KEY]
-    flags += ["--isolate-api-keys"]
+    flags += ["--isolate-api-keys", "--allowed-origins", f"https://other.example, {ORIGIN}"]
     with contextlib.ExitStack() as stack:
         stderr = stack.enter_context(log.open("w"))
         with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,7 @@ from frontend.server import make_app
 from frontend.service import Service as HttpService
 from ipc.config import HttpConfig
 from ipc.errors import ConfigError
-from tests.security.conftest import ENVIRONMENT_KEY, FILE_KEY, FLAG_KEY, Service
+from tests.security.conftest import ENVIRONMENT_KEY, FILE_KEY, FLAG_KEY, ORIGIN, Service
 
 
 def routes() -> list[tuple[str, str]]:
@@ -79,6 +79,23 @@ def test_no_process_shows_a_key(service: Service) -> None:
         if process.pid != service.engine.process.pid:
             assert ENVIRONMENT_KEY not in "".join(process.environ().values())
     assert "--api-key ***" in " ".join(processes[0].cmdline())
+
+
+@pytest.mark.parametrize(("origin", "told"), [(ORIGIN, ORIGIN), ("https://evil.example", None)])
+def test_a_browser_lets_only_pages_of_listed_origins_call(service: Service, origin: str, told: str | None) -> None:
+    asked = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
+    permission = service.http.options("/v1/completions", headers=asked)
+    body = {"prompt": "the end", "max_tokens": 40, "stream": True}
+    headers = {"origin": origin, "authorization": f"Bearer {FILE_KEY}"}
+    stream = service.http.post("/v1/completions", json=body, headers=headers)
+    assert stream.text.endswith("data: [DONE]\n\n")
+    for answer in (permission, stream):
+        assert answer.headers.get("access-control-allow-origin") == told
+    assert permission.is_success == (told is not None)
 
 
 def cached_tokens(service: Service, key: str, **fields: object) -> int:
