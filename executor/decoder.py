@@ -113,14 +113,18 @@ class FusedDecoder:
             {size: Way(size != _MANY, self._has_pdl) for size in classes},
         )
 
-    def choose_ways(self, forward: Callable[[int], torch.Tensor], max_rows: int) -> None:
-        """Take the fastest way for each class; `forward(rows)` runs a step of decode rows, capturable.
+    def choose_ways(self, forward: Callable[[int], torch.Tensor], max_rows: int, context: int) -> None:
+        """Take the fastest way for each class; `forward(rows)` runs a step of rows with such a context, capturable.
 
         What was measured for such a model before is read from disk.
         """
         timed = {size: min(size or _MANY_TIMED, max_rows) for size in self.ways}
         # The other classes have no steps of decode rows.
-        keys = {size: f"{self._name}, {rows} rows" for size, rows in timed.items() if _row_class(rows) == size}
+        keys = {
+            size: f"{self._name}, {rows} rows of {context} tokens"
+            for size, rows in timed.items()
+            if _row_class(rows) == size
+        }
         path = cache_path("decoder", self._head.weight.device)
         known = read_choices(path)
         is_known = all(known.get(key) in [asdict(way) for way in self._options(size)] for size, key in keys.items())

@@ -88,6 +88,10 @@ class Model:
                 f"{num_blocks} KV blocks do not fit: {error}", param="--num-gpu-blocks-override"
             ) from error
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.layers[0].k_cache)
+
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Run a step: writes K and V of its tokens, returns logits [rows + scores, vocab] at `inputs.last_index`.

@@ -6,6 +6,8 @@ work does not grow with the batch, and it never waits for the device.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 
@@ -24,7 +26,9 @@ from executor.model import Model
 from executor.sampler import Sampled, Sampler
 from executor.slot_state import SlotState
 from executor.warmup import ALL_STAGES
-from ipc.frames import RESULT_HEADER_BYTES, FrameLimits, Plan, PlanFlag, ResultLayout, write_plan
+from ipc.frames import NULL_BLOCK, RESULT_HEADER_BYTES, FrameLimits, Plan, PlanFlag, ResultLayout, write_plan
+
+_TIMED_CONTEXT: Final = 1024  # tokens of the rows on which ways to run a step are timed
 
 
 class StepRunner:
@@ -38,7 +42,7 @@ class StepRunner:
     def capture(self, limits: FrameLimits, compute: torch.cuda.Stream) -> None:
         """Capture the ladder of decode graphs; from then on decode-only steps replay them."""
         if self._model.decoder is not None:
-            self._model.decoder.choose_ways(self._forward_padding, limits.max_rows)
+            self._choose_ways(limits)
         self._graphs = DecodeGraphs(
             self._state,
             max_rows=limits.max_rows,
@@ -94,13 +98,23 @@ class StepRunner:
         self.run(PlanHeader.read(payload), False, torch.from_numpy(payload[:used]).to(device), output)
         self._state.position.zero_()
 
-    def _forward_padding(self, rows: int) -> torch.Tensor:
-        """A step of decode rows that all live at the null slot."""
-        state = self._state
-        row_slot = torch.full((rows,), state.null_slot, dtype=torch.int32, device=state.position.device)
-        logits = self._model.forward(build_decode_inputs(row_slot, torch.ones_like(row_slot), state, 1))
-        state.position[state.null_slot].zero_()
-        return logits
+    def _choose_ways(self, limits: FrameLimits) -> None:
+        """Time the decoder on rows with a context, spread over pages that nobody owns yet."""
+        state, model = self._state, self._model
+        assert model.decoder is not None, "nothing to choose"
+        context = min(_TIMED_CONTEXT, limits.max_seq_len // 2)
+        table = state.block_table
+        pages = torch.arange(table.numel(), dtype=torch.int32, device=table.device).remainder_(model.num_blocks)
+        table.copy_(pages.view_as(table))
+
+        def forward(rows: int) -> torch.Tensor:
+            state.position[:rows].fill_(context)
+            slots = torch.arange(rows, dtype=torch.int32, device=table.device)
+            return model.forward(build_decode_inputs(slots, torch.ones_like(slots), state, limits.max_seq_len))
+
+        model.decoder.choose_ways(forward, limits.max_rows, context)
+        table.fill_(NULL_BLOCK)
+        state.position.zero_()
 
     def _sample_greedy(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         return self._sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE).token

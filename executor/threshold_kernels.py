@@ -23,9 +23,9 @@ from ipc.frames import Param, PlanFlag
 
 CHUNK: Final = 4096  # logits of one program of `probe`
 _PROBES: Final = 32  # thresholds that `probe` tries for each row
-_PROBE_BLOCK: Final = 256  # logits it compares at once with all of them
+_PROBE_BLOCK: Final = 128  # logits it compares at once with all of them
 _FEW: Final = 16384  # logits between two thresholds that are listed; more are looked for in the row itself
-_SEARCH_BLOCK: Final = 4096  # logits that `threshold` reads at once
+_SEARCH_BLOCK: Final = 2048  # logits that `threshold` reads at once
 
 _PARAMS = tl.constexpr(int(Param.COUNT))
 _FEATURES = tl.constexpr(int(Param.FEATURES))
@@ -35,6 +35,7 @@ _TOP_P = tl.constexpr(int(Param.TOP_P))
 _MIN_P = tl.constexpr(int(Param.MIN_P))
 _FILTER = tl.constexpr(int(PlanFlag.FILTER))
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+_BRACKET = tl.constexpr(6)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_INDEX = tl.constexpr(2**31 - 1)
 
@@ -60,15 +61,16 @@ def filter_threshold(tables: SlotTables, x: torch.Tensor, summary: Summary, row_
         _PROBE_BLOCK, num_warps=8,
     )  # fmt: skip
     few = torch.empty(rows, _FEW, dtype=torch.float32, device=x.device)
-    seen = summary.number, summary.least, summary.greatest, number, mass
+    found = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
+    bracket = torch.empty(rows, 6, dtype=torch.float32, device=x.device)
     _gather_kernel[(rows, chunks)](
-        few, x, *seen, row_slot, tables.params, vocab, CHUNK, lanes, _PROBES, _FEW, num_warps=8
-    )
+        few, found, bracket, x, summary.number, summary.least, summary.greatest, number, mass, row_slot, tables.params,
+        vocab, CHUNK, lanes, _PROBES, _FEW, num_warps=4,
+    )  # fmt: skip
     threshold = torch.empty(rows, dtype=torch.float32, device=x.device)
     _threshold_kernel[(rows,)](
-        threshold, few, x, *seen, row_slot, tables.params, vocab, chunks, lanes, _PROBES, _FEW, _SEARCH_BLOCK,
-        num_warps=8,
-    )  # fmt: skip
+        threshold, few, found, bracket, x, row_slot, tables.params, vocab, _FEW, _SEARCH_BLOCK, num_warps=8
+    )
     return threshold
 
 
@@ -142,43 +144,10 @@ def _probe_kernel(
 
 
 @triton.jit
-def _bracket(
-    param, temperature, row, number_ptr, least_ptr, greatest_ptr, probed_number_ptr, probed_mass_ptr, chunks,
-    lanes: tl.constexpr, probes: tl.constexpr,
-):  # fmt: skip
-    """Between which probed thresholds a row's first search ends: of its k greatest if it asks for them, else its nucleus.
-
-    Returns whether it is for the k greatest, whether there is a search; the least logit and the greatest one; in
-    [low, high] is what is looked for. The logits to list are in [low, limit), a limit of NaN is none: with those from
-    high on if a nucleus is to be found among the k greatest; else what those have, `base` of `total` mass, is known.
-    Last, how many each chunk lists, int32 [lanes].
-    """
-    lane = tl.arange(0, lanes)
-    least, top = _range(least_ptr + row * chunks, greatest_ptr + row * chunks, chunks, lanes)
-    number = tl.sum(tl.load(number_ptr + row * chunks + lane, mask=lane < chunks, other=0), 0)
-    at = (row * chunks + lane[:, None]) * probes + tl.arange(0, probes)[None, :]
-    numbers = tl.load(probed_number_ptr + at, mask=lane[:, None] < chunks, other=0)
-    masses = tl.sum(tl.load(probed_mass_ptr + at, mask=lane[:, None] < chunks, other=0.0), 0)
-    top_k = tl.load(param + _TOP_K)
-    top_p = float_param(param, _TOP_P)
-    by_number = (top_k > 0) & (top_k < number)
-    searches = by_number | ((top_p < 1.0) & (top + tl.log(float_param(param, _MIN_P)) * temperature <= least))
-    probe = _probes(least, top, probes)
-    total = tl.max(masses, 0)
-    reached = tl.where(by_number, tl.sum(numbers, 0) >= top_k, masses >= total * top_p)
-    low = tl.maximum(tl.max(tl.where(reached, probe, -float("inf")), 0), least)
-    limit = tl.min(tl.where(reached, float("inf"), probe), 0)
-    kept = tl.min(tl.where(reached[None, :], numbers, _NO_INDEX), 1)
-    more = tl.max(tl.where(reached[None, :] | by_number, 0, numbers), 1)
-    base = tl.max(tl.where(reached | by_number, 0.0, masses), 0)
-    high = tl.minimum(limit, top)
-    limit = tl.where(by_number, float("nan"), limit)
-    return by_number, searches, least, top, low, high, limit, base, total, tl.where(lane < chunks, kept - more, 0)
-
-
-@triton.jit
 def _gather_kernel(
-    few_ptr,  # float32 [rows, most], written if no more are to be listed
+    few_ptr,  # float32 [rows, most], written: the logits to search, if there are no more
+    found_ptr,  # int32 [rows, 2], written: how many those are, -1 = search the row; how many are above -inf
+    bracket_ptr,  # float32 [rows, 6], written: least, greatest; what is looked for is in low .. high; base, total
     x_ptr,  # float32 [rows, vocab]
     number_ptr,  # int32 [rows, chunks]
     least_ptr,  # float32 [rows, chunks]
@@ -193,20 +162,50 @@ def _gather_kernel(
     probes: tl.constexpr,
     most: tl.constexpr,
 ):
+    """Between which probed thresholds a row's search ends: of its k greatest if it asks for them, else of its nucleus.
+
+    Of a nucleus those between are listed: what is above has `base` of the `total` mass. Of the k greatest all down to
+    the lower threshold are, since a nucleus may have to be found among them; its total, -1, is to be measured then.
+    """
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.num_programs(1)
     param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
     filters, temperature = _filters(param)
     if filters:
-        _, searches, _, _, low, _, limit, _, _, listed = _bracket(
-            param, temperature, row, number_ptr, least_ptr, greatest_ptr, probed_number_ptr, probed_mass_ptr, chunks,
-            lanes, probes,
-        )  # fmt: skip
-        if searches & (tl.sum(listed, 0) <= most):
-            first = tl.sum(tl.where(tl.arange(0, lanes) < tl.program_id(1), listed, 0), 0)
+        lane = tl.arange(0, lanes)
+        least, top = _range(least_ptr + row * chunks, greatest_ptr + row * chunks, chunks, lanes)
+        number = tl.sum(tl.load(number_ptr + row * chunks + lane, mask=lane < chunks, other=0), 0)
+        at = (row * chunks + lane[:, None]) * probes + tl.arange(0, probes)[None, :]
+        numbers = tl.load(probed_number_ptr + at, mask=lane[:, None] < chunks, other=0)
+        masses = tl.sum(tl.load(probed_mass_ptr + at, mask=lane[:, None] < chunks, other=0.0), 0)
+        top_k = tl.load(param + _TOP_K)
+        top_p = float_param(param, _TOP_P)
+        by_number = (top_k > 0) & (top_k < number)
+        by_mass = ~by_number & (top_p < 1.0) & (top + tl.log(float_param(param, _MIN_P)) * temperature <= least)
+        probe = _probes(least, top, probes)
+        total = tl.max(masses, 0)
+        reached = tl.where(by_number, tl.sum(numbers, 0) >= top_k, masses >= total * top_p)
+        low = tl.maximum(tl.max(tl.where(reached, probe, -float("inf")), 0), least)
+        limit = tl.min(tl.where(reached, float("inf"), probe), 0)
+        above = tl.max(tl.where(reached[None, :] | by_number, 0, numbers), 1)
+        listed = tl.where(lane < chunks, tl.min(tl.where(reached[None, :], numbers, _NO_INDEX), 1) - above, 0)
+        few = tl.sum(listed, 0)
+        fits = (by_number | by_mass) & (few <= most)
+        if fits:
+            first = tl.sum(tl.where(lane < tl.program_id(1), listed, 0), 0)
             x = _load_ordered(x_ptr + row * vocab, tl.program_id(1) * chunk + tl.arange(0, chunk), vocab)
-            kept = ((x >= low) & ~(x >= limit)).to(tl.int32)
+            kept = ((x >= low) & (by_number | ~(x >= limit))).to(tl.int32)
             tl.store(few_ptr + row * most + first + tl.cumsum(kept, 0) - 1, x, mask=kept != 0)
+        if tl.program_id(1) == 0:
+            tl.store(found_ptr + row * 2, tl.where(fits, few, -1))
+            tl.store(found_ptr + row * 2 + 1, number)
+            bracket = bracket_ptr + row * _BRACKET
+            tl.store(bracket, least)
+            tl.store(bracket + 1, top)
+            tl.store(bracket + 2, low)
+            tl.store(bracket + 3, tl.minimum(limit, top))
+            tl.store(bracket + 4, tl.where(fits & by_mass, tl.max(tl.where(reached, 0.0, masses), 0), 0.0))
+            tl.store(bracket + 5, tl.where(by_mass, total, -1.0))
 
 
 @triton.jit
@@ -234,51 +233,45 @@ def _measure(src, count, mid, top, scale, block: tl.constexpr):
 def _threshold_kernel(
     threshold_ptr,  # float32 [rows], written
     few_ptr,  # float32 [rows, most]
+    found_ptr,  # int32 [rows, 2]
+    bracket_ptr,  # float32 [rows, 6]
     x_ptr,  # float32 [rows, vocab]
-    number_ptr,  # int32 [rows, chunks]
-    least_ptr,  # float32 [rows, chunks]
-    greatest_ptr,  # float32 [rows, chunks]
-    probed_number_ptr,  # int32 [rows, chunks, probes]
-    probed_mass_ptr,  # float32 [rows, chunks, probes]
     slot_ptr,  # int [rows]
     params_ptr,  # int32 [slots, Param.COUNT]
     vocab,
-    chunks,
-    lanes: tl.constexpr,
-    probes: tl.constexpr,
     most: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Narrow [low, high] around the greatest logit t such that measure(x >= t) reaches the target; its number, then its
-    mass. Probes go down from high in growing strides until one is too low, and halve the interval from there. An end
-    moves to the nearest logit, never to a value between two, so ties end the search, and so does any spread of values.
+    """Narrow low .. high around the greatest logit t such that what is >= t reaches the target, a number, then a mass.
+
+    Probes go down from high in growing strides until one is too low, and halve the interval from there. An end moves to
+    the nearest logit, never to a value between two, so ties end the search, and so does any spread of values.
     """
     row = tl.program_id(0).to(tl.int64)
     param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
     threshold = -float("inf")
     filters, temperature = _filters(param)
     if filters:
-        by_number, listed_all, least, top, low, high, _, base, total, listed = _bracket(
-            param, temperature, row, number_ptr, least_ptr, greatest_ptr, probed_number_ptr, probed_mass_ptr, chunks,
-            lanes, probes,
-        )  # fmt: skip
-        scale = _LOG2_E / temperature
+        bracket = bracket_ptr + row * _BRACKET
+        least, top = tl.load(bracket), tl.load(bracket + 1)
+        low, high = tl.load(bracket + 2), tl.load(bracket + 3)
+        base, total = tl.load(bracket + 4), tl.load(bracket + 5)
+        top_k = tl.load(param + _TOP_K)
         top_p = float_param(param, _TOP_P)
+        scale = _LOG2_E / temperature
         threshold = tl.maximum(top + tl.log(float_param(param, _MIN_P)) * temperature, least)
         src = x_ptr + row * vocab
         count = vocab
-        few = tl.sum(listed, 0)
-        if listed_all & (few <= most):
+        few = tl.load(found_ptr + row * 2)
+        if few >= 0:
             src = few_ptr + row * most
             count = few
-        else:
-            base = 0.0
         for stage in range(2):
             by_mass = stage == 1
-            if (by_mass & (top_p < 1.0)) | (~by_mass & by_number):
-                target = tl.load(param + _TOP_K).to(tl.float32)
+            if (by_mass & (top_p < 1.0)) | (~by_mass & (top_k > 0) & (top_k < tl.load(found_ptr + row * 2 + 1))):
+                target = top_k.to(tl.float32)
                 if by_mass:
-                    if by_number | ~listed_all:
+                    if total < 0.0:
                         _, total, low, _ = _measure(src, count, threshold, top, scale, block)
                         high = top
                     target = total * top_p
@@ -286,11 +279,11 @@ def _threshold_kernel(
                 while low < high:
                     mid = tl.maximum(low + (high - low) * 0.5, high - stride)
                     mid = tl.where((mid > low) & (mid <= high), mid, high)
-                    number, mass, above, below = _measure(src, count, mid, top, scale, block)
+                    number, mass, kept, below = _measure(src, count, mid, top, scale, block)
                     measure = tl.where(by_mass, mass + base, number.to(tl.float32))
                     if measure >= target:
-                        low = above
-                        high = tl.where(~by_mass & (measure == target), above, high)  # a lower one only adds
+                        low = kept
+                        high = tl.where(~by_mass & (measure == target), kept, high)  # a lower one only adds
                     else:
                         high = below
                         stride *= 4.0

@@ -15,7 +15,8 @@ import torch
 import triton
 
 from executor.attention import LayerSpec, PagedLayer
-from executor.attention.kernels import decode_kernel, prefill_kernel, split_kernel, write_kv_kernel
+from executor.attention.decode_kernels import decode_kernel, split_kernel
+from executor.attention.kernels import prefill_kernel, write_kv_kernel
 from executor.inputs import StepInputs
 
 _LOG2E: Final = math.log2(math.e)

@@ -64,15 +64,15 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
 
     monkeypatch.setattr(decoder_module, "time_graph", seconds)
     default = decoder.ways.copy()
-    decoder.choose_ways(forward, 40)
+    decoder.choose_ways(forward, 40, 1024)
     assert set(ran) == {16, 32, 40}
     assert [decoder.ways[size].few for size in (16, 32, 64)] == [True, False, False]
     assert decoder.ways[0] == default[0]
     chosen, times = decoder.ways, len(ran)
     decoder.ways = default.copy()
-    decoder.choose_ways(forward, 40)
+    decoder.choose_ways(forward, 40, 1024)
     assert (decoder.ways, len(ran)) == (chosen, times), "the second start reads what the first one measured"
     file = next((tmp_path / "cache" / "tandem-engine").iterdir())
     file.write_text(file.read_text().replace('"few"', '"former"'))
-    decoder.choose_ways(forward, 40)
+    decoder.choose_ways(forward, 40, 1024)
     assert (decoder.ways, len(ran)) == (chosen, 2 * times), "what cannot be read is measured anew"

@@ -137,6 +137,19 @@ def test_top_p_keeps_the_smallest_nucleus(vocab: int, asks: dict[str, float]) ->
     assert (mass * differs).sum(dim=1).max() < 1e-5, "only a rounding at the edge may make a difference"
 
 
+@pytest.mark.parametrize("asks", [{"top_p": 0.9}, {"top_p": 0.8, "top_k": 300}], ids=["nucleus", "top k"])
+def test_more_candidates_than_the_list_holds_are_searched_in_the_row(
+    asks: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executor import threshold_kernels
+
+    _, listed, x = thresholds(1000, asks)
+    monkeypatch.setattr(threshold_kernels, "_FEW", 32)
+    _, searched, _ = thresholds(1000, asks)
+    mass = torch.softmax(x.double() / 0.7, dim=1)
+    assert (mass * ((x >= listed) != (x >= searched))).sum(dim=1).max() < 1e-5
+
+
 def thresholds(vocab: int, asks: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sort's and the kernel's thresholds [rows, 1], and the logits [rows, vocab], one row of each shape."""
     from executor import sampler_kernels, threshold_kernels

@@ -1,0 +1,269 @@
+# mypy: ignore-errors
+"""Triton kernels of split-KV decode: cut rows into work items, attend, join. Launched by `executor.attention.triton`.
+
+See `executor.attention.kernels` for how pages lie and what arguments mean.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from executor.attention.heads import finite, load_turned
+from executor.attention.kernels import LOG2E, NEVER, capped, load_lanes
+
+
+@triton.jit(do_not_specialize=["rows", "capacity"])
+def split_kernel(
+    kv_len,  # [rows]
+    item_row,  # [capacity] work item -> row
+    item_split,  # [capacity] work item -> which chunk of the row
+    row_splits,  # [rows] chunks of a row
+    row_offset,  # [rows] where the row's partial results begin
+    header,  # [2] number of work items, tokens of a chunk
+    rows,
+    capacity,
+    slots,
+    window,
+    rows_pad: tl.constexpr,
+    rank_block: tl.constexpr,
+    block_n: tl.constexpr,
+    min_chunk: tl.constexpr,
+    overhead: tl.constexpr,
+):
+    """Cut the rows of a step into work items of one chunk each, the longest first. One program.
+
+    The chunk is the one of a few candidates with the shortest estimated makespan on `slots` programs that share the
+    bandwidth. An item costs its tokens plus `overhead`; the last program runs faster, with the others' share.
+    """
+    row = tl.arange(0, rows_pad)
+    span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
+    longest = tl.max(span, 0)
+    total = tl.sum(span, 0)
+    i = tl.arange(0, 16)
+    parts = ((2 + (i & 1)) << (i >> 1)) >> 1  # 1, 1, 2, 3, 4, 6, 8, 12, ... 128, 192
+    candidate = tl.maximum(tl.cdiv(tl.cdiv(longest, parts), block_n) * block_n, min_chunk)  # [16]
+    wholes = span[None, :] // candidate[:, None]  # [16, rows]
+    whole = tl.sum(wholes, 1)
+    items = tl.sum(tl.where(wholes * candidate[:, None] < span[None, :], wholes + 1, wholes), 1)
+    even = (total + overhead * items) // slots
+    path = tl.maximum(tl.cdiv(whole, slots) * (candidate + overhead), tl.minimum(candidate, longest) + overhead)
+    cost = tl.maximum(even, path * 5 // 8)
+    # Candidates shrink, so the largest of the cheapest is the first of them; the first one always fits.
+    cost = tl.where((items <= capacity) | (i == 0), cost, 2147483647)
+    chunk = tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
+    whole = span // chunk
+    # A row without keys is one empty item, which writes its zeros.
+    left = span % chunk
+    rest = ((left != 0) | ((span == 0) & (row < rows))).to(tl.int32)
+    wholes = tl.sum(whole, 0)
+    whole_first = tl.cumsum(whole, 0) - whole
+    # The longest remainders start first, so that those which end last are short.
+    rest_first = wholes + tl.zeros_like(row)
+    for start in range(0, rows, rank_block):
+        other = start + tl.arange(0, rank_block)
+        other_span = tl.minimum(tl.load(kv_len + other, mask=other < rows, other=0), window)
+        other_left = other_span % chunk
+        other_rest = (other_left != 0) | ((other_span == 0) & (other < rows))
+        longer = (other_left[None, :] > left[:, None]) | (
+            (other_left[None, :] == left[:, None]) & (other[None, :] < row[:, None])
+        )
+        rest_first += tl.sum((longer & other_rest[None, :]).to(tl.int32), 1)
+    splits = whole + rest
+    tl.store(row_splits + row, splits, mask=row < rows)
+    tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
+    for i in range(0, tl.max(whole, 0)):
+        tl.store(item_row + whole_first + i, row, mask=i < whole)
+        tl.store(item_split + whole_first + i, i + tl.zeros_like(row), mask=i < whole)
+    tl.store(item_row + rest_first, row, mask=rest > 0)
+    tl.store(item_split + rest_first, whole, mask=rest > 0)
+    tl.store(header, tl.sum(splits, 0))
+    tl.store(header + 1, chunk)
+
+
+@triton.jit
+def _join(
+    partial, partial_lse, first, splits, head, sinks, out,
+    q_heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr, v_dim: tl.constexpr, v_pad: tl.constexpr,
+    tile: tl.constexpr, has_sinks: tl.constexpr,
+):  # fmt: skip
+    """Store a row's heads of one KV head: the pieces first .. first + splits, always added in this order."""
+    lane_g = tl.arange(0, group_pad)
+    lane_v = tl.arange(0, v_pad)
+    q_head = head * group + lane_g
+    in_group = lane_g < group
+    top = tl.full([group_pad], NEVER, tl.float32)
+    denominator = tl.zeros([group_pad], tl.float32)
+    if has_sinks:
+        top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+        denominator += 1.0
+    acc = tl.zeros([group_pad, v_pad], tl.float32)
+    for start in range(0, splits, tile):
+        split = start + tl.arange(0, tile)
+        piece = (first + split)[:, None] * q_heads + q_head[None, :]
+        stored = (split < splits)[:, None] & in_group[None, :]
+        lse = tl.load(partial_lse + piece, mask=stored, other=NEVER, cache_modifier=".cg")
+        x = tl.load(
+            partial + piece[:, :, None] * v_dim + lane_v[None, None, :],
+            mask=stored[:, :, None] & (lane_v < v_dim)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        keep = tl.exp2(top - new_top)
+        weight = tl.exp2(lse - new_top[None, :])
+        acc = acc * keep[:, None] + tl.sum(x * weight[:, :, None], 0)
+        denominator = denominator * keep + tl.sum(weight, 0)
+        top = new_top
+    result = acc / denominator[:, None]
+    tl.store(
+        out + q_head[:, None] * v_dim + lane_v[None, :],
+        result.to(out.dtype.element_ty),
+        mask=in_group[:, None] & (lane_v < v_dim)[None, :],
+    )
+
+
+@triton.jit
+def decode_kernel(
+    query,  # [rows, q_heads, k_dim]; of the raw projections of all heads if `fresh`
+    k_cache,
+    v_cache,
+    block_table,
+    row_slot,  # [rows]
+    kv_len,  # [rows]
+    item_row,
+    item_split,
+    row_splits,
+    row_offset,
+    header,
+    partial,  # [items, q_heads, v_dim]
+    partial_lse,  # [items, q_heads], base 2
+    arrived,  # int32 [rows, kv_heads], zero before and after
+    sinks,  # [q_heads]
+    out,  # [rows, q_heads, v_dim]
+    cos,  # [positions, k_dim / 2]
+    sin,  # [positions, k_dim / 2]
+    q_gain,  # [k_dim]
+    k_gain,  # [k_dim]
+    eps,
+    scale,
+    cap,
+    cap_scale,
+    window,
+    query_row,
+    query_head,
+    table_row,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    k_dim: tl.constexpr,
+    v_dim: tl.constexpr,
+    k_pad: tl.constexpr,
+    v_pad: tl.constexpr,
+    page: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    stages: tl.constexpr,
+    group_pad: tl.constexpr,
+    join_tile: tl.constexpr,
+    has_softcap: tl.constexpr,
+    has_sinks: tl.constexpr,
+    precision: tl.constexpr,
+    fresh: tl.constexpr,
+    has_norm: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """One program = one KV head of every so-manieth work item. Of a row in several pieces, who arrives last joins them.
+
+    `fresh`: the new token's heads come from the qkv projection, are normalized (if `has_norm`) and rotated here, and
+    its key and value are stored by the program whose work item ends with it. Dimensions are powers of two then.
+    With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended.
+    """
+    head = tl.program_id(0) % kv_heads
+    lane = tl.program_id(0) // kv_heads
+    lanes = tl.num_programs(0) // kv_heads
+    items = tl.load(header)
+    chunk = tl.load(header + 1)
+    item = lane
+    while item < items:
+        row = tl.load(item_row + item)
+        split = tl.load(item_split + item)
+        splits = tl.load(row_splits + row)
+        length = tl.load(kv_len + row)
+        start = tl.maximum(length - window, 0) + split * chunk
+        stop = tl.minimum(start + chunk, length)
+        lane_m = tl.arange(0, block_m)
+        lane_n = tl.arange(0, block_n)
+        lane_k = tl.arange(0, k_pad)
+        lane_v = tl.arange(0, v_pad)
+        in_group = lane_m < group
+        q_head = head * group + lane_m
+        table = block_table + tl.load(row_slot + row) * table_row
+        block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
+        if pdl:
+            gdc_wait()
+            gdc_launch_dependents()
+        top = tl.full([block_m], NEVER, tl.float32)
+        denominator = tl.zeros([block_m], tl.float32)
+        acc = tl.zeros([v_pad, block_m], tl.float32)
+        q_head_at = query + row * query_row + q_head[:, None] * query_head
+        if fresh:
+            at = (length - 1).to(tl.int64) * (k_dim // 2)
+            q = load_turned(
+                q_head_at, in_group[:, None], q_gain, cos + at, sin + at, eps, lane_k[None, :], k_dim, has_norm
+            )
+            if stop == length:
+                stop -= 1
+                one = tl.arange(0, 1)[:, None]
+                new = query + row * query_row + (kv_heads * group + head) * query_head + one
+                k = load_turned(new, one == 0, k_gain, cos + at, sin + at, eps, lane_k[None, :], k_dim, has_norm)
+                v = tl.load(new + kv_heads * query_head + lane_v[None, :])
+                k, v = finite(k), finite(v)
+                place = (tl.load(table + stop // page).to(tl.int64) * page + stop % page) * kv_heads + head
+                tl.store(k_cache + place * k_dim + lane_k[None, :], k)
+                tl.store(v_cache + place * v_dim + lane_v[None, :], v)
+                top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+                denominator += 1.0
+                acc += tl.trans(v)
+        else:
+            q = tl.load(q_head_at + lane_k[None, :], mask=in_group[:, None] & (lane_k < k_dim)[None, :], other=0.0)
+        if has_sinks:  # noqa: SIM102 - the outer one is decided at compile time
+            # The sink counts once: here if the row is in one piece, else where its pieces meet.
+            if splits == 1:
+                top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+                denominator += 1.0
+        q = tl.trans(q)
+        for first in tl.range(start, stop, block_n, num_stages=stages):
+            token = first + lane_n
+            place = (block.to(tl.int64) * page + token % page) * kv_heads + head
+            ahead = token + block_n
+            block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
+            k = load_lanes(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
+            v = load_lanes(v_cache + place[None, :] * v_dim + lane_v[:, None], lane_v[:, None], v_dim, v_pad)
+            scores = capped(tl.dot(k, q, input_precision=precision), cap, cap_scale, has_softcap)
+            scores = tl.where((token < stop)[:, None], scores, NEVER)
+            new_top = tl.maximum(top, tl.max(scores, 0) * scale)
+            p = tl.exp2(scores * scale - new_top[None, :])
+            keep = tl.exp2(top - new_top)
+            denominator = denominator * keep + tl.sum(p, 0)
+            acc = tl.dot(v, p.to(v.dtype), acc * keep[None, :], input_precision=precision)
+            top = new_top
+        result = tl.trans(acc / tl.where(denominator == 0.0, 1.0, denominator)[None, :])
+        stored = in_group[:, None] & (lane_v < v_dim)[None, :]
+        row_out = out + row * (kv_heads * group) * v_dim
+        if splits == 1:
+            place_out = q_head[:, None] * v_dim + lane_v[None, :]
+            tl.store(row_out + place_out, result.to(out.dtype.element_ty), mask=stored)
+        else:
+            first_piece = tl.load(row_offset + row)
+            piece = (first_piece + split) * (kv_heads * group) + q_head
+            tl.store(partial + piece[:, None] * v_dim + lane_v[None, :], result, mask=stored)
+            tl.store(partial_lse + piece, top + tl.log2(denominator), mask=in_group)
+            tl.debug_barrier()  # every thread's part must be there before the arrival is told
+            arrival = arrived + row * kv_heads + head
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == splits - 1:
+                _join(
+                    partial, partial_lse, first_piece, splits, head, sinks, row_out,
+                    kv_heads * group, group, group_pad, v_dim, v_pad, join_tile, has_sinks,
+                )  # fmt: skip
+                tl.store(arrival, 0)
+        # Longest items come first: whoever had the shortest of them takes the longest of the next.
+        item = 2 * (item // lanes + 1) * lanes - 1 - item
