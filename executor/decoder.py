@@ -35,7 +35,7 @@ from executor.attention.triton import Heads, TritonBackend
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
 from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
-from executor.measured import cache_path, read_choices, write_choices
+from executor.measured import cache_path, read_choices, settle_choices
 from executor.peers import Peers, Place
 from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecognizedError
 from executor.shards import ShardedEmbedding
@@ -127,15 +127,25 @@ class FusedDecoder:
         }
         path = cache_path("decoder", self._head.weight.device)
         known = read_choices(path)
-        is_known = all(known.get(key) in [asdict(way) for way in self._options(size)] for size, key in keys.items())
+        is_known = all(self._take(size, known.get(key)) for size, key in keys.items())
         if self._ranks is not None:
             is_known = bool(self._ranks.least(is_known))  # timing is done by all of them or by none
+        if is_known:
+            return
+        measured = {}
         for size, key in keys.items():
-            if not is_known:
-                known[key] = asdict(self._fastest(forward, size, timed[size]))
-            self.ways[size] = Way(**known[key])
-        if not is_known:
-            write_choices(path, known)
+            self.ways[size] = way = self._fastest(forward, size, timed[size])
+            measured[key] = asdict(way)
+        settled = settle_choices(path, known, measured)
+        for size, key in keys.items():
+            self._take(size, settled[key])
+
+    def _take(self, size: int, choice: Any) -> bool:
+        """Take the way that is written down for a class, if it is one."""
+        way = next((way for way in self._options(size) if asdict(way) == choice), None)
+        if way is not None:
+            self.ways[size] = way
+        return way is not None
 
     def _fastest(self, forward: Callable[[int], torch.Tensor], size: int, rows: int) -> Way:
         seconds = {}

@@ -17,7 +17,7 @@ import triton
 from triton import AsyncCompileMode
 
 from executor.linear_kernels import linear_kernel
-from executor.measured import cache_path, read_choices, write_choices
+from executor.measured import cache_path, read_choices, settle_choices
 
 _CUDA: Final[Any] = torch.cuda  # untyped in part
 
@@ -248,20 +248,24 @@ class SkinnyLinears:
         """
         path = cache_path("linear", linears[0].weight.device)
         known = read_choices(path)
-        missing = []
-        for shape in self._tiles:
-            tile = next((tile for tile in candidates(shape) if asdict(tile) == known.get(shape.key)), None)
-            if tile is None:
-                missing.append(shape)
-            else:
-                self._tiles[shape] = tile
+        missing = [shape for shape in self._tiles if not self._take(shape, known)]
+        measured = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shape in progress(missing):
                 alike = [m for m in linears if (m.n, m.k, m.gated) == (shape.n, shape.k, shape.gated)]
                 self._tiles[shape] = tile = self._fastest(shape, alike, pool)
-                known[shape.key] = asdict(tile)
+                measured[shape.key] = asdict(tile)
         if missing:
-            write_choices(path, known)
+            settled = settle_choices(path, known, measured)
+            for shape in missing:
+                self._take(shape, settled)
+
+    def _take(self, shape: Shape, choices: dict[str, Any]) -> bool:
+        """Take the tile that is written down for a shape, if there is one."""
+        tile = next((tile for tile in candidates(shape) if asdict(tile) == choices.get(shape.key)), None)
+        if tile is not None:
+            self._tiles[shape] = tile
+        return tile is not None
 
     def _fastest(self, shape: Shape, linears: Sequence[Linear], pool: ThreadPoolExecutor) -> Tile:
         x = torch.randn(shape.block_m, shape.k, dtype=linears[0].weight.dtype, device=linears[0].weight.device)

@@ -6,6 +6,7 @@ choices, so it computes the same bits, and is ready sooner.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 
 def cache_path(kind: str, device: torch.device) -> Path:
     """The file of one kind of choices: they hold for one model of GPU and one version of Triton."""
+    import triton
+
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else "cpu"
     return root / "tandem-engine" / f"{kind}-{name}-triton-{triton.__version__}.json"
@@ -31,12 +33,23 @@ def read_choices(path: Path) -> dict[str, Any]:
         return {}  # absent or broken: it is measured anew
 
 
-def write_choices(path: Path, choices: dict[str, Any]) -> None:
-    """Replace the file in one step, so that an engine that starts meanwhile reads the old or the new one."""
+def settle_choices(path: Path, seen: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """Keep what was measured, or take what another engine has kept since the file read as `seen`.
+
+    So engines that start at the same time choose alike, and alike again when one of them starts anew.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dict(sorted(choices.items())), file, indent=1)
-        os.replace(file.name, path)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            now = read_choices(path)
+            settled = {
+                key: now[key] if key in now and now[key] != seen.get(key) else choice
+                for key, choice in measured.items()
+            }
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                json.dump(dict(sorted((now | settled).items())), file, indent=1)
+            os.replace(file.name, path)  # who reads without the lock gets the old or the new one
+            return settled
     except OSError:
-        pass  # a home that cannot be written costs the next start some seconds
+        return measured  # a home that cannot be written costs the next start some seconds

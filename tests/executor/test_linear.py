@@ -110,6 +110,6 @@ def test_tuning_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     second.tune(linears, progress)
     assert measured == [3, 0]
     assert first._tiles == second._tiles
-    next((tmp_path / "tandem-engine").iterdir()).write_text('{"256x512m16": {"block_n": 7}}')
+    next((tmp_path / "tandem-engine").glob("*.json")).write_text('{"256x512m16": {"block_n": 7}}')
     SkinnyLinears(linears, _DEVICE).tune(linears, progress)
     assert measured == [3, 0, 3], "what cannot be read is measured anew"
