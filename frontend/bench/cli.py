@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def _first_model(url: str, api_key: str | None) -> str:
 
 def _target(options: argparse.Namespace) -> Target:
     url, api_key = options.url.rstrip("/"), os.environ.get(options.api_key_env)
+    if not urllib.parse.urlsplit(url).path:
+        url += "/v1"  # a server's address alone is as good
     extra: dict[str, Any] = {} if options.allow_eos else {"ignore_eos": True}
     model = options.model or _first_model(url, api_key)
     return Target(url, model, api_key, options.chat, {**extra, **options.extra_body})

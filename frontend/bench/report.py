@@ -210,9 +210,8 @@ def _draw_distribution(ax: Any, values: Sequence[float], title: str, limit: floa
     for q in _QUANTILES:
         value = float(np.percentile(ordered, q))
         ax.plot(value, q, "o", color=color, markersize=5)
-        ax.annotate(
-            f"p{q} {value:,.1f}", (value, q), textcoords="offset points", xytext=(7, -11), fontsize=9, color=_INK
-        )
+        side = {"xytext": (7, -11), "ha": "left"} if value < 0.8 * ordered[-1] else {"xytext": (-7, 4), "ha": "right"}
+        ax.annotate(f"p{q} {value:,.1f}", (value, q), textcoords="offset points", fontsize=9, color=_INK, **side)
     if limit is not None:
         ax.axvline(limit, color="#e5484d", linewidth=1.2, linestyle="--")
     ax.set_ylim(0, 103)

@@ -63,7 +63,7 @@ def test_bench_top_and_trace(tmp_path: Path) -> None:
         assert summary["ttft_ms"]["p50"] <= summary["e2e_ms"]["p99"]
         assert "data:image/png;base64" in report.read_text()
 
-        wrong = tool(BENCH, "--url", engine.url, "--model", "nobody", "--requests", "1")
+        wrong = tool(BENCH, "--url", engine.root, "--model", "nobody", "--requests", "1")
         assert wrong.returncode == 1
         assert "nobody" in wrong.stderr
 
