@@ -218,6 +218,7 @@ class Cluster:
         self._arrivals = arrival_times(scenario, self._rng)
         self._last_s = np.zeros(len(self._arrivals))  # when each request got its last token, or arrived
         self._started = np.zeros(len(self._arrivals), np.bool_)
+        self._beats = 0
         self._heap: list[tuple[float, int]] = []  # end of its oldest step, replica
         self._params = SamplingParams(max_tokens=scenario.output_len, temperature=0.0, ignore_eos=True)
 
@@ -228,7 +229,7 @@ class Cluster:
         gc.freeze()
         gc.disable()  # nothing here forms cycles, and a walk over a thousand schedulers takes seconds
         try:
-            arrivals, arrived, beat_at, warm = self._arrivals, 0, 0.0, False
+            arrivals, arrived, warm = self._arrivals, 0, False
             while True:
                 arrival = arrivals[arrived] if arrived < len(arrivals) else scenario.seconds
                 now = min(arrival, self._heap[0][0] if self._heap else arrival)
@@ -237,9 +238,7 @@ class Cluster:
                 if now >= scenario.warm_up and not warm:
                     warm = True
                     self._begin()
-                if now >= beat_at:
-                    self._heartbeat()
-                    beat_at = now + HEARTBEAT_S
+                self._heartbeats(now)
                 if now == arrival:
                     self._arrive(arrived, now, prompts.next())
                     arrived += 1
@@ -269,12 +268,13 @@ class Cluster:
         outcome.tokens_of = np.array([replica.tokens for replica in self.replicas])
         return outcome
 
-    def _heartbeat(self) -> None:
-        """Every replica answers every frontend."""
-        for number, replica in enumerate(self.replicas):
-            load = replica.state.load
-            for router in self.routers:
-                router.report(number, *load)
+    def _heartbeats(self, now: float) -> None:
+        """Every replica answers every frontend once a second, each at a time of its own."""
+        while self._beats * HEARTBEAT_S <= now * len(self.routers):
+            router = self.routers[self._beats % len(self.routers)]
+            self._beats += 1
+            for number, replica in enumerate(self.replicas):
+                router.report(number, *replica.state.load)
 
     def _arrive(self, request: int, now: float, prompt: bytes) -> None:
         outcome = self.outcome

@@ -128,6 +128,24 @@ def test_clients_that_share_nothing_agree_on_the_home_of_a_prefix() -> None:
     assert len(set[int | None]().union(*holders)) > 10, "not all beginnings at the same home"
 
 
+def test_clients_agree_on_the_next_homes_of_a_prefix_whose_first_are_busy() -> None:
+    """Fifty of them that share nothing, when nothing runs and when the homes of before have a lot to do."""
+    busy = set[int]()
+    for _ in range(5):
+        chosen = Counter[int | None]()
+        for seed in range(50):
+            one = Router(BLOCK, seed=seed)
+            for number in range(64):
+                one.join(number)
+                one.report(number, 30 if number in busy else 0, 0, 0)
+            chosen[one.pick(prompt((1, 512), (seed, 300)))] += 1
+        homes = {number for number, count in chosen.items() if number is not None and count > 5}
+        assert sum(chosen[home] for home in homes) >= 45, "a few draw two busy ones to compare with"
+        assert len(homes) <= 2
+        assert not homes & busy
+        busy |= homes
+
+
 def test_few_homes_move_when_a_replica_leaves() -> None:
     def homes(without: int) -> list[int | None]:
         one = router(16)
