@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,
     PROTOCOL_VERSION,
+    Draining,
     Goodbye,
     Heartbeat,
     Hello,
@@ -43,6 +44,8 @@ _MESSAGES_PER_TURN: Final = 100
 class _Peer:
     """A client, or the launcher of the members in `numbers`."""
 
+    pid: int
+    left: int = -1  # open sequences, if it was told to drain
     silent_beats: int = 0
     numbers: list[int] = field(default_factory=list)
 
@@ -71,6 +74,18 @@ class Directory:
     @property
     def members(self) -> list[Member]:
         return list(self._members.values())
+
+    @property
+    def has_joined(self) -> bool:
+        """There are replicas of other launchers."""
+        return any(member.endpoint not in self._own for member in self._members.values())
+
+    def drain(self, pids: Collection[int]) -> bool:
+        """Have the clients of these processes take no more; whether they still wait for something. Ask again later."""
+        clients = {identity: peer for identity, peer in self._peers.items() if peer.pid in pids}
+        for identity in clients:
+            self._send(identity, Draining())
+        return any(peer.left for peer in clients.values())
 
     def close(self) -> None:
         for socket in self.sockets:
@@ -121,7 +136,7 @@ class Directory:
             self._send(identity, Rejected(-1, "protocol_error", text))
             return
         if isinstance(message, Hello | Join):
-            self._peers.setdefault(identity, _Peer())
+            self._peers.setdefault(identity, _Peer(message.pid))
         peer = self._peers.get(identity)
         if peer is None:
             if isinstance(message, Heartbeat):
@@ -131,6 +146,8 @@ class Directory:
         if isinstance(message, Goodbye):
             self._forget(identity)
             return
+        if isinstance(message, Heartbeat):
+            peer.left = message.left
         if isinstance(message, Join) and may_join:
             self._join(peer, message.members)
         self._send(identity, Members(PROTOCOL_VERSION, self.members))

@@ -82,9 +82,16 @@ class Replicas:
 
     @property
     def draining(self) -> bool:
-        """Every replica that answers drains."""
+        """The engine was told to stop, or every replica that answers drains."""
+        if self._told_to_drain:
+            return True
         there = [session for session in self._sessions.values() if session.connected]
         return bool(there) and all(session.draining for session in there)
+
+    @property
+    def _told_to_drain(self) -> bool:
+        """By the directory: replicas that joined the engine would take more."""
+        return self._contact.members is not None and self._contact.draining
 
     @property
     def open_sequences(self) -> int:
@@ -112,6 +119,7 @@ class Replicas:
         self._context = zmq.Context()
         self._sessions, self._contact = {}, self._make_session(self._contact.endpoint, context=self._context)
         self._contact.on_change = self._on_contact
+        self._contact.count_left = lambda: self.open_sequences if self._told_to_drain else -1
         self._contact.start()
         try:
             async with asyncio.timeout(timeout_s):
@@ -152,6 +160,8 @@ class Replicas:
 
     def submit(self, flights: Iterable[Flight]) -> None:
         """Send new sequences. Raises UnavailableError if the engine is starting, draining, gone or swamped."""
+        if self._told_to_drain:
+            raise UnavailableError("the engine is shutting down")
         flights = list(flights)
         try:
             for flight in flights:

@@ -110,6 +110,7 @@ class Session:
         self.on_change: Callable[[], None] | None = None
         self.on_load: Callable[[int, int, int], None] | None = None
         self.on_refused: Callable[[Flight], bool] | None = None
+        self.count_left: Callable[[], int] | None = None  # what heartbeats say is left, if the other end is a directory
         self._shared_context = context
         self._heartbeat_s = patience.heartbeat_s
         self._max_silent_beats = math.ceil(patience.heartbeat_limit_s / patience.heartbeat_s)
@@ -381,7 +382,7 @@ class Session:
             if self.connected:
                 self._lost_beats = 0
                 self._flush()
-                self._offer(Heartbeat(now_ns()))
+                self._offer(Heartbeat(now_ns(), -1 if self.count_left is None else self.count_left()))
             if self._lost_beats > self._max_lost_beats:
                 self._lost_beats = 0
                 self._flights.fail_all(UnavailableError(f"the scheduler at {self.endpoint} does not answer"))

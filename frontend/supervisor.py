@@ -90,6 +90,7 @@ class Supervisor:
         self._frontends_ready = 0
         self._frontend_lives = 0  # restarts so far
         self._aborting = False  # the drain has become an abort
+        self._frontends_drain = False  # they have requests at replicas of other launchers
         self._exit_code = 0
         self._last_words = ""  # printed after everything else
         self._ending: list[Child] = []  # they write their stacks, then they are killed
@@ -268,7 +269,11 @@ class Supervisor:
                 self._end_stuck(stuck, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
 
     def _stop_if_drained(self) -> None:
-        if self._phase is Phase.DRAINING and all(replica.drained for replica in self._living()):
+        if self._phase is not Phase.DRAINING:
+            return
+        frontends = {child.pid for child in self._of_role("frontend")}
+        open_elsewhere = self._frontends_drain and self._directory.drain(frontends)
+        if not open_elsewhere and all(replica.drained for replica in self._living()):
             self._stop(0)
 
     def _on_frontend_ready(self) -> None:
@@ -291,6 +296,7 @@ class Supervisor:
         """Counts beats without a word of a scheduler, not time: a launcher that was stopped blames no one."""
         self._directory.beat()
         self._announce()
+        self._stop_if_drained()
         for replica in self._living():
             replica.silent_beats += 1
             silent_s = replica.silent_beats * HEARTBEAT_S
@@ -330,6 +336,7 @@ class Supervisor:
             if self._announcement is not None:
                 self._announcement.leave()
             self._send(Drain())
+            self._frontends_drain = self._directory.has_joined
             self._loop.after(self._shutdown_timeout_s, self._abort_open)
             self._stop_if_drained()
         elif self._phase is Phase.STOPPING or self._phase is Phase.DRAINING:

@@ -7,6 +7,7 @@ columns, because a list of 8k ids costs 200 us and the bytes 0.4 us.
     frontend  -> directory   Hello, Heartbeat, Goodbye    (the launcher's socket; answered with Members)
     launcher  -> directory   Join, Goodbye                (of a replica elsewhere)
     scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Invariants, Draining, Paused
+    directory -> frontend    Members, Draining
     launcher  -> scheduler   Hello, ExecutorHello, ExecutorLost, Drain    (control socket)
     executor  -> scheduler   ExecutorHello                                (control socket)
     scheduler -> launcher    Alive, SchedulerReady, Drained, ExecutorStuck, FrontendStuck
@@ -110,6 +111,9 @@ class Paused(Message, frozen=True, tag="paused"):
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     sent_ns: int
+    left: int = (
+        -1
+    )  # to a directory that drains: open sequences of this client, wherever they run; -1: not told to drain
 
 
 class Goodbye(Message, frozen=True, tag="goodbye"):

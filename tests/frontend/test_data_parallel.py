@@ -167,7 +167,9 @@ def test_a_replica_joins_under_load_and_leaves_again(folder: Path) -> None:
         stop(engine)
 
 
-def test_a_joined_replica_whose_launcher_is_killed_is_dropped(folder: Path) -> None:
+def test_a_joined_replica_is_dropped_with_its_launcher_and_finishes_what_it_has_at_sigterm(
+    folder: Path,
+) -> None:
     with launched(folder, "--data-parallel-size", "0", "--enable-debug-endpoints", env=SLOW, ready=False) as engine:
         wait_until(partial(directory_of, engine), START_S, "the directory")
         command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--fake-executor", "--device", "cpu"]
@@ -179,12 +181,16 @@ def test_a_joined_replica_whose_launcher_is_killed_is_dropped(folder: Path) -> N
             with load(engine, 4, 100):
                 joined[0].kill()
             wait_until(lambda: len(running(engine)) == 1, START_S, "it is dropped")
+            with load(engine, 4, 200):
+                wait_until(lambda: list(running(engine).values()) == [4], START_S, "the other one has all of them")
+                engine.process.terminate()
+                wait_until(lambda: engine.complete().status_code == 503, START_S, "new requests are refused")
+            assert engine.wait() == 0
+            assert joined[1].poll() is None, "it may join another engine"
         finally:
             for each in joined:
                 each.kill()
                 each.wait()
-        engine.process.terminate()
-        assert engine.wait() == 0
 
 
 def directory_of(engine: Launched) -> str:
