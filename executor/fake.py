@@ -24,19 +24,9 @@ from ipc.clock import now_ns
 from ipc.config import EngineConfig, ExecutorChannels, read_start
 from ipc.errors import ConfigError
 from ipc.fault import read_fault
-from ipc.frames import (
-    INVALID_TOKEN,
-    RESULT_HEADER_BYTES,
-    Bytes,
-    Int32,
-    Int64,
-    Param,
-    Plan,
-    PlanFlag,
-    read_plan,
-    write_result_header,
-)
+from ipc.frames import INVALID_TOKEN, Bytes, Int32, Int64, Param, Plan, PlanFlag, read_plan
 from ipc.lifetime import enter_process, fail
+from ipc.results import RESULT_HEADER_BYTES, write_result_header
 from ipc.trace import Act, Track, open_trace
 
 DEFAULT_NUM_BLOCKS: Final = 65536

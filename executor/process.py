@@ -33,7 +33,8 @@ from ipc.clock import now_ns, now_s
 from ipc.config import EngineConfig, ExecutorChannels
 from ipc.errors import ConfigError
 from ipc.fault import read_fault
-from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanFlag, PlanWord, read_plan, write_result_header
+from ipc.frames import Bytes, PlanFlag, PlanWord, read_plan
+from ipc.results import RESULT_HEADER_BYTES, write_result_header
 from ipc.trace import Act, Track, open_trace
 
 

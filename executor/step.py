@@ -26,7 +26,8 @@ from executor.model import Model
 from executor.sampler import Sampled, Sampler
 from executor.slot_state import SlotState
 from executor.warmup import ALL_STAGES
-from ipc.frames import NULL_BLOCK, RESULT_HEADER_BYTES, FrameLimits, Plan, PlanFlag, ResultLayout, write_plan
+from ipc.frames import NULL_BLOCK, FrameLimits, Plan, PlanFlag, write_plan
+from ipc.results import RESULT_HEADER_BYTES, ResultLayout
 
 _TIMED_CONTEXT: Final = 1024  # tokens of the rows on which ways to run a step are timed
 

@@ -15,7 +15,8 @@ import zmq
 
 from ipc.config import ExecutorChannels
 from ipc.doorbell import Doorbell
-from ipc.frames import RESULT_HEADER_BYTES, Bytes, PlanWord
+from ipc.frames import Bytes, PlanWord
+from ipc.results import RESULT_HEADER_BYTES
 from ipc.ring import RingReader, RingWriter
 from ipc.schema import PROTOCOL_VERSION, ExecutorHello, encode
 from ipc.sockets import connect_dealer, new_identity

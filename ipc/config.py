@@ -8,8 +8,9 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from ipc.frames import FrameLimits, ResultLayout
+from ipc.frames import FrameLimits
 from ipc.logs import LogConfig
+from ipc.results import ResultLayout
 from ipc.schema import ModelCard
 
 RING_SLOTS: Final = 4  # more than any depth: a slot is reused only after its step has retired

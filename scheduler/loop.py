@@ -24,7 +24,7 @@ from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
 from ipc.errors import GrammarError, ProtocolError, TandemError
 from ipc.fault import read_fault
-from ipc.frames import Result
+from ipc.results import Result
 from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,

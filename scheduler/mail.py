@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import zmq
 
-from ipc.frames import Result
+from ipc.results import Result
 from ipc.schema import FinishReason, Message, encode
 from scheduler.outbox import MAX_BACKLOG_ROWS
 from scheduler.peers import Peer, PeerTable

@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ipc.frames import Result
 from ipc.histograms import Distribution, Histograms
+from ipc.results import Result
 from ipc.schema import BUBBLE_NS, FinishReason
 from scheduler.request import Request
 from scheduler.slots import SlotTable

@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ipc.frames import INVALID_TOKEN, Result
+from ipc.frames import INVALID_TOKEN
+from ipc.results import Result
 from ipc.schema import FinishReason, Logprobs, Tokens
 from scheduler.retire import Delivery
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from ipc.clock import now_ns
 from ipc.errors import ProtocolError
-from ipc.frames import INVALID_TOKEN, PlanFlag, Result
+from ipc.frames import INVALID_TOKEN, PlanFlag
+from ipc.results import Result
 from ipc.schema import FinishReason
 from scheduler.inflight import PlanRecord
 from scheduler.metrics import observe_tokens

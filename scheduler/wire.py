@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
-from ipc.frames import Plan, Result, read_result, write_plan
+from ipc.frames import Plan, write_plan
+from ipc.results import Result, read_result
 from ipc.ring import RingReader, RingWriter
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from ipc.config import EngineConfig
-from ipc.frames import Plan, Result, write_plan
+from ipc.frames import Plan, write_plan
+from ipc.results import Result
 from ipc.schema import Admit, ModelCard, SamplingParams, pack_tokens
 from scheduler.planner import make_plan
 from scheduler.retire import retire

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from frontend.router import Router
 from ipc.config import EngineConfig
-from ipc.frames import Plan, Result
+from ipc.frames import Plan
+from ipc.results import Result
 from ipc.schema import HEARTBEAT_S, Admit, ModelCard, SamplingParams, pack_tokens
 from scheduler.planner import make_plan
 from scheduler.retire import Delivery, retire

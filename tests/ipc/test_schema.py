@@ -14,14 +14,12 @@ from ipc.frames import (
     Param,
     Plan,
     PlanFlag,
-    ResultLayout,
     plan_bytes_used,
     plan_offset,
     read_plan,
-    read_result,
     write_plan,
-    write_result_header,
 )
+from ipc.results import ResultLayout, read_result, write_result_header
 from ipc.schema import Abort, Admit, SamplingParams, Tokens, decode_frontend, decode_scheduler, encode, unpack_tokens
 
 LIMITS = FrameLimits(max_rows=8, max_tokens=32, max_seq_len=64, block_size=4, max_logprobs=3, vocab_size=33)

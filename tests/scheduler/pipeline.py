@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from ipc.config import EngineConfig
-from ipc.frames import Plan, Result
+from ipc.frames import Plan
+from ipc.results import Result
 from ipc.schema import Admit, FinishReason, ModelCard, SamplingParams, pack_tokens
 from scheduler.planner import make_plan
 from scheduler.request import Request, State

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ipc.frames import FrameLimits, Param, Plan, Result, read_plan, write_plan
+from ipc.frames import FrameLimits, Param, Plan, read_plan, write_plan
+from ipc.results import Result
 
 VOCAB = 29
 EOS = 0

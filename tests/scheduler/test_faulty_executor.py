@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ipc.config import RING_SLOTS
-from ipc.frames import RESULT_HEADER_BYTES, Bytes, ResultWord
+from ipc.frames import Bytes
+from ipc.results import RESULT_HEADER_BYTES, ResultWord
 from ipc.ring import RingWriter
 from ipc.schema import ExecutorFaulty, FinishReason
 from tests.scheduler.pipeline import tiny_config

@@ -13,7 +13,8 @@ import zmq
 
 from ipc.config import RING_SLOTS, SchedulerChannels
 from ipc.doorbell import Doorbell
-from ipc.frames import Bytes, PlanFlag, read_plan, write_result_header
+from ipc.frames import Bytes, PlanFlag, read_plan
+from ipc.results import write_result_header
 from ipc.ring import RingReader, RingWriter, create_ring
 from ipc.schema import (
     PROTOCOL_VERSION,

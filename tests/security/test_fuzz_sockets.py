@@ -19,7 +19,8 @@ from frontend.plumbing import Plumbing
 from frontend.replica import Replica
 from frontend.supervisor import Supervisor
 from ipc.errors import ProtocolError, TandemError
-from ipc.frames import RESULT_HEADER_BYTES, Bytes, ResultLayout, ResultWord, read_plan, read_result
+from ipc.frames import Bytes, read_plan
+from ipc.results import RESULT_HEADER_BYTES, ResultLayout, ResultWord, read_result
 from ipc.ring import Ring, RingReader, RingWriter, create_ring
 from ipc.schema import (
     MAX_MESSAGE_BYTES,
