@@ -21,8 +21,9 @@ residual, which therefore is added once, to the sum; the head's shares are gathe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -30,10 +31,11 @@ import torch.nn.functional as F
 import triton
 from tqdm import tqdm
 
-from executor.attention import PagedLayer
+from executor.attention import LayerSpec, PagedLayer
 from executor.attention.triton import Heads, TritonBackend
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
+from executor.layer_launch import LayerLaunch
 from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
 from executor.measured import cache_path, read_choices, settle_choices
 from executor.peers import Peers, Place
@@ -44,6 +46,7 @@ _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
 _MANY_TIMED: Final = 128
 DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
 _GATE_BLOCK: Final = 1024
+_ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
 
 # (linear, x, where to write it) -> x @ weight.T; silu(gate) * up if gated
@@ -83,10 +86,14 @@ class FusedDecoder:
         self._gate_up = [Linear(layer.gate_up, gated=True) for layer in weights.layers]
         self._down = [Linear(layer.down) for layer in weights.layers]
         self._head = Linear(weights.head)
+        self._rotate_kernel, self._add_norm_kernel = LayerLaunch(rotate_kernel), LayerLaunch(add_norm_kernel)
+        self._gate_kernel = LayerLaunch(gate_kernel)
         self._linears = [*self._qkv, *self._o, *self._gate_up, *self._down, self._head]
         table = _rotary_table(weights.rotary, layers[0].spec.k_dim, max_model_len, dtype, device)
         self._heads = [_heads(table, layer) for layer in weights.layers]
         self._name = _name(self._linears, layers)
+        aligned = device.type != "cuda" or all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in self._per_layer())
+        _require(aligned, f"its weights are not all at multiples of {_ALIGNMENT} bytes")
         # The gain of the norm that follows each layer.
         norms = [layer.input_norm for layer in weights.layers] + [weights.norm]
         self._next_norm = norms[1:]
@@ -94,6 +101,14 @@ class FusedDecoder:
             self._skinny = SkinnyLinears(self._linears, device)
         except ValueError as error:
             raise NotRecognizedError(str(error)) from error
+
+    def _per_layer(self) -> Iterator[torch.Tensor]:
+        """What kernels get other ones of in each layer."""
+        for linear in self._linears:
+            yield from (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+        for layer in self._weights.layers:
+            norms = layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm
+            yield from (norm.gain for norm in norms if norm is not None)
 
     @property
     def width(self) -> int:
@@ -168,6 +183,9 @@ class FusedDecoder:
         # Rows and scores may be more than tokens.
         way = self.ways[_row_class(max(inputs.num_tokens, len(inputs.last_index)))]
         self._pdl = self._skinny.pdl = way.pdl
+        for launch in (self._rotate_kernel, self._add_norm_kernel, self._gate_kernel, self._skinny, self.peers):
+            if launch is not None:
+                launch.begin()
         if way.few and self._ranks is None:
             return self._forward_few(inputs, last)
         product: Product = self._skinny if way.few else self._multiply
@@ -230,23 +248,11 @@ class FusedDecoder:
         spec, tokens = layer.spec, len(qkv)
         query = qkv.new_empty(tokens, spec.q_heads, spec.k_dim)
         block = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= MAX_ROWS else _HEADS)
-        rotate_kernel[(tokens, (spec.q_heads + 2 * spec.kv_heads) // block)](
-            qkv,
-            inputs.positions,
-            inputs.slot_mapping,
-            query,
-            layer.k_cache,
-            layer.v_cache,
-            *heads.arguments,
-            q_heads=spec.q_heads,
-            kv_heads=spec.kv_heads,
-            dim=spec.k_dim,
-            block_h=block,
-            has_norm=heads.q_gain is not None,
-            pdl=self._pdl,
-            num_warps=1 if block * spec.k_dim <= 512 else 4,
-            launch_pdl=self._pdl,
-        )
+        arguments = (
+            qkv, inputs.positions, inputs.slot_mapping, query, layer.k_cache, layer.v_cache, *heads.arguments
+        )  # fmt: skip
+        options = _rotate_options(spec, block, heads.q_gain is not None, self._pdl)
+        self._rotate_kernel((tokens, (spec.q_heads + 2 * spec.kv_heads) // block, 1), arguments, options)
         return query
 
     def _embed_scaled(self, inputs: StepInputs) -> tuple[torch.Tensor, Scaled]:
@@ -281,19 +287,46 @@ class FusedDecoder:
         return x, scaled, square
 
     def _add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: Any, normed: torch.Tensor) -> None:
-        rows, width = x.shape
-        add_norm_kernel[(rows,)](
-            x, y, norm.gain, normed, norm.eps, width=width, width_pad=triton.next_power_of_2(width),
-            pdl=self._pdl, num_warps=4 if width <= 2048 else 8, launch_pdl=self._pdl,
-        )  # fmt: skip
+        options = _row_options(x.shape[1], self._pdl)
+        self._add_norm_kernel((len(x), 1, 1), (x, y, norm.gain, normed, norm.eps), options)
 
     def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, width = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
-        gate_kernel[(rows, triton.cdiv(width, _GATE_BLOCK))](
-            gate_up, out, width=width, block=_GATE_BLOCK, pdl=self._pdl, num_warps=4, launch_pdl=self._pdl
-        )
+        grid = (rows, triton.cdiv(width, _GATE_BLOCK), 1)
+        self._gate_kernel(grid, (gate_up, out), _gate_options(width, self._pdl))
         return out
+
+
+@cache
+def _rotate_options(spec: LayerSpec, block_h: int, has_norm: bool, pdl: bool) -> dict[str, Any]:
+    return {
+        "q_heads": spec.q_heads,
+        "kv_heads": spec.kv_heads,
+        "dim": spec.k_dim,
+        "block_h": block_h,
+        "has_norm": has_norm,
+        "pdl": pdl,
+        "num_warps": 1 if block_h * spec.k_dim <= 512 else 4,
+        "launch_pdl": pdl,
+    }
+
+
+@cache
+def _row_options(width: int, pdl: bool) -> dict[str, Any]:
+    num_warps = 4 if width <= 2048 else 8
+    return {
+        "width": width,
+        "width_pad": triton.next_power_of_2(width),
+        "pdl": pdl,
+        "num_warps": num_warps,
+        "launch_pdl": pdl,
+    }
+
+
+@cache
+def _gate_options(width: int, pdl: bool) -> dict[str, Any]:
+    return {"width": width, "block": _GATE_BLOCK, "pdl": pdl, "num_warps": 4, "launch_pdl": pdl}
 
 
 def _name(linears: list[Linear], layers: list[PagedLayer]) -> str:

@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
 import triton
 from triton import AsyncCompileMode
 
+from executor.layer_launch import LayerLaunch
 from executor.linear_kernels import linear_kernel
 from executor.measured import cache_path, read_choices, settle_choices
 
@@ -150,8 +152,13 @@ class SkinnyLinears:
             self._tiles[shape] = options[0]
             scratch = max(scratch, *(_scratch(shape, tile) for tile in options))
             tiles = max(tiles, *(shape.n // tile.block_n for tile in options))
+        self._kernel = LayerLaunch(linear_kernel)
         self._partial = torch.empty(scratch, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+    def begin(self) -> None:
+        """A new step."""
+        self._kernel.begin()
 
     def __call__(self, linear: Linear, x: torch.Tensor | Scaled, out: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated."""
@@ -190,7 +197,7 @@ class SkinnyLinears:
         scaled: Scaled | None = None,
     ) -> None:
         arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled)
-        linear_kernel[(linear.n // tile.block_n * tile.splits,)](*arguments, **options)
+        self._kernel((linear.n // tile.block_n * tile.splits, 1, 1), arguments, options)
 
     def _arguments(
         self,
@@ -221,24 +228,8 @@ class SkinnyLinears:
             value.stride(0),
             eps,
         )
-        options = dict(
-            n=linear.n,
-            k=linear.k,
-            parts=parts,
-            parts_pad=triton.next_power_of_2(max(1, parts)),
-            splits=tile.splits,
-            block_m=block_m(rows),
-            block_n=tile.block_n,
-            block_k=tile.block_k,
-            stages=tile.stages,
-            gated=linear.gated,
-            has_bias=linear.bias is not None,
-            has_residual=residual is not None,
-            prefetch=tile.prefetch,
-            pdl=self.pdl,
-            num_warps=tile.warps,
-            launch_pdl=self.pdl,
-        )
+        shape = Shape(linear.n, linear.k, linear.gated, block_m(rows))
+        options = _options(shape, tile, parts, linear.bias is not None, residual is not None, self.pdl)
         return arguments, options
 
     def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[Shape]], Iterator[Shape]]) -> None:
@@ -292,6 +283,28 @@ class SkinnyLinears:
 def _shapes(linears: Sequence[Linear]) -> list[Shape]:
     kinds = dict.fromkeys((linear.n, linear.k, linear.gated) for linear in linears)
     return [Shape(*kind, size) for kind in kinds for size in ROW_BLOCKS]
+
+
+@cache
+def _options(shape: Shape, tile: Tile, parts: int, has_bias: bool, has_residual: bool, pdl: bool) -> dict[str, Any]:
+    return {
+        "n": shape.n,
+        "k": shape.k,
+        "parts": parts,
+        "parts_pad": triton.next_power_of_2(max(1, parts)),
+        "splits": tile.splits,
+        "block_m": shape.block_m,
+        "block_n": tile.block_n,
+        "block_k": tile.block_k,
+        "stages": tile.stages,
+        "gated": shape.gated,
+        "has_bias": has_bias,
+        "has_residual": has_residual,
+        "prefetch": tile.prefetch,
+        "pdl": pdl,
+        "num_warps": tile.warps,
+        "launch_pdl": pdl,
+    }
 
 
 def _scratch(shape: Shape, tile: Tile) -> int:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cache
 from typing import Any, Final
 
 import torch
 import triton
 
+from executor.layer_launch import LayerLaunch
 from executor.peer_kernels import sum_norm_kernel
 from executor.ranks import Ranks
 
@@ -47,6 +49,7 @@ class Peers:
         self._partial = torch.empty(rows, width, dtype=dtype, device=memory.device)
         self._turns = torch.zeros(len(Place) * rows, dtype=torch.int32, device=memory.device)
         self._memory = memory
+        self._kernel = LayerLaunch(sum_norm_kernel)
         self._addresses = torch.tensor(list(addresses), dtype=torch.int64, device=memory.device)
         self.patience = _FOR_EVER
 
@@ -58,13 +61,28 @@ class Peers:
         self, place: Place, x: torch.Tensor, gain: torch.Tensor, eps: float, normed: torch.Tensor, pdl: bool
     ) -> None:
         """x [rows, width] += the sum of every rank's `rows`; normed = x / rms(x) * gain."""
-        width = self._width
-        sum_norm_kernel[(len(x),)](
+        arguments = (
             self._addresses, self._partial, self._turns, x, gain, normed, eps, place * self.max_rows,
-            place * self._size * self._sender_bytes, self._sender_bytes, self.patience, rank=self._rank,
-            size=self._size, width=width, width_pad=triton.next_power_of_2(width), pdl=pdl,
-            num_warps=8 if width <= 2048 else 16, launch_pdl=pdl,
+            place * self._size * self._sender_bytes, self._sender_bytes, self.patience,
         )  # fmt: skip
+        self._kernel((len(x), 1, 1), arguments, _options(self._rank, self._size, self._width, pdl))
+
+    def begin(self) -> None:
+        """A new step."""
+        self._kernel.begin()
+
+
+@cache
+def _options(rank: int, size: int, width: int, pdl: bool) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "size": size,
+        "width": width,
+        "width_pad": triton.next_power_of_2(width),
+        "pdl": pdl,
+        "num_warps": 8 if width <= 2048 else 16,
+        "launch_pdl": pdl,
+    }
 
 
 def _sender_bytes(rows: int, width: int, dtype: torch.dtype) -> int:

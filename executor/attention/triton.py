@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from executor.attention import LayerSpec, PagedLayer
 from executor.attention.decode_kernels import decode_kernel, split_kernel
 from executor.attention.kernels import prefill_kernel, write_kv_kernel
 from executor.inputs import StepInputs
+from executor.layer_launch import LayerLaunch
 
 _LOG2E: Final = math.log2(math.e)
 _NO_WINDOW: Final = 1 << 30
@@ -112,12 +114,18 @@ class TritonBackend:
         kv_heads = max(spec.kv_heads for spec in specs)
         self._arrived = torch.zeros(max_rows * kv_heads, dtype=torch.int32, device=device)
         self._inputs: StepInputs | None = None
+        self._decode_kernel, self._prefill_kernel = LayerLaunch(decode_kernel), LayerLaunch(prefill_kernel)
 
     def begin(self, inputs: StepInputs) -> None:
         self._inputs = inputs
+        self._begin_launches()
         if inputs.num_decode:
             for work in self._work.values():
                 work.fill(inputs.kv_len, inputs.num_decode)
+
+    def _begin_launches(self) -> None:
+        self._decode_kernel.begin()
+        self._prefill_kernel.begin()
 
     def attend(
         self,
@@ -129,20 +137,24 @@ class TritonBackend:
     ) -> torch.Tensor:
         assert self._inputs is not None, "attend before begin"
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        self._begin_launches()  # what a module projects may lie differently in every layer
         _write(layer, self._inputs, key, value)
         return self.read(layer, query, sinks)
 
     def read(
         self, layer: PagedLayer, query: torch.Tensor, sinks: torch.Tensor | None = None, pdl: bool = False
     ) -> torch.Tensor:
-        """`attend` for keys and values that are in their pages already. `pdl`: start while the kernel ahead ends."""
+        """`attend` for keys and values that are in their pages already. `pdl`: start while the kernel ahead ends.
+
+        Queries of all layers alike lie alike.
+        """
         inputs, spec = self._inputs, layer.spec
         assert inputs is not None, "read before begin"
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
         if inputs.num_decode:
             self._decode(layer, inputs, query, sinks, out, None, pdl)
         if inputs.num_rows > inputs.num_decode:
-            _prefill(layer, inputs, query, sinks, out)
+            self._prefill(layer, inputs, query, sinks, out)
         return out
 
     def decode_fresh(self, layer: PagedLayer, qkv: torch.Tensor, heads: Heads, pdl: bool = False) -> torch.Tensor:
@@ -167,9 +179,8 @@ class TritonBackend:
     ) -> None:
         spec, rows = layer.spec, inputs.num_decode
         work = self._work[spec.window, spec.kv_heads]
-        block_n, num_warps, num_stages = _decode_tile(spec)
-        group_pad, v_pad = triton.next_power_of_2(spec.group), triton.next_power_of_2(spec.v_dim)
-        decode_kernel[(work.programs(rows) * spec.kv_heads,)](
+        has_norm = fresh is not None and fresh.q_gain is not None
+        arguments = (
             query,
             layer.k_cache,
             layer.v_cache,
@@ -192,22 +203,79 @@ class TritonBackend:
             query.stride(0),
             query.stride(1),
             inputs.block_table.stride(0),
-            **_dims(spec),
-            page=self._block_size,
-            block_m=max(8, triton.next_power_of_2(spec.group)),
-            block_n=block_n,
-            stages=num_stages,
-            group_pad=group_pad,
-            join_tile=max(1, min(8, _JOIN_LANES * num_warps // (group_pad * v_pad))),
-            has_softcap=spec.softcap is not None,
-            has_sinks=sinks is not None,
-            precision=_precision(spec),
-            fresh=fresh is not None,
-            has_norm=fresh is not None and fresh.q_gain is not None,
-            pdl=pdl,
-            num_warps=num_warps,
-            launch_pdl=pdl,
         )
+        options = _decode_options(spec, self._block_size, sinks is not None, fresh is not None, has_norm, pdl)
+        self._decode_kernel((work.programs(rows) * spec.kv_heads, 1, 1), arguments, options)
+
+    def _prefill(
+        self, layer: PagedLayer, inputs: StepInputs, query: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        spec, decode = layer.spec, inputs.num_decode
+        options = _prefill_options(spec, self._block_size, sinks is not None)
+        grid = (
+            -(-inputs.max_query_len // (options["block_m"] // spec.group)),
+            spec.kv_heads,
+            inputs.num_rows - decode,
+        )
+        arguments = (
+            query,
+            layer.k_cache,
+            layer.v_cache,
+            inputs.block_table,
+            inputs.row_slot[decode:],
+            inputs.kv_len[decode:],
+            inputs.query_start[decode:],
+            query if sinks is None else sinks,
+            out,
+            *_scales(spec),
+            spec.window or _NO_WINDOW,
+            query.stride(0),
+            query.stride(1),
+            inputs.block_table.stride(0),
+        )
+        self._prefill_kernel(grid, arguments, options)
+
+
+@cache
+def _decode_options(
+    spec: LayerSpec, page: int, has_sinks: bool, fresh: bool, has_norm: bool, pdl: bool
+) -> dict[str, Any]:
+    block_n, num_warps, num_stages = _decode_tile(spec)
+    group_pad, v_pad = triton.next_power_of_2(spec.group), triton.next_power_of_2(spec.v_dim)
+    return {
+        **_dims(spec),
+        "page": page,
+        "block_m": max(8, group_pad),
+        "block_n": block_n,
+        "stages": num_stages,
+        "group_pad": group_pad,
+        "join_tile": max(1, min(8, _JOIN_LANES * num_warps // (group_pad * v_pad))),
+        "has_softcap": spec.softcap is not None,
+        "has_sinks": has_sinks,
+        "precision": _precision(spec),
+        "fresh": fresh,
+        "has_norm": has_norm,
+        "pdl": pdl,
+        "num_warps": num_warps,
+        "launch_pdl": pdl,
+    }
+
+
+@cache
+def _prefill_options(spec: LayerSpec, page: int, has_sinks: bool) -> dict[str, Any]:
+    block_m, block_n, num_warps, num_stages = _prefill_tile(spec)
+    return {
+        **_dims(spec),
+        "page": page,
+        "block_m": block_m,
+        "block_n": block_n,
+        "has_window": spec.window is not None,
+        "has_softcap": spec.softcap is not None,
+        "has_sinks": has_sinks,
+        "precision": _precision(spec),
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
 
 
 def _write(layer: PagedLayer, inputs: StepInputs, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -229,40 +297,6 @@ def _write(layer: PagedLayer, inputs: StepInputs, key: torch.Tensor, value: torc
         k_pad=triton.next_power_of_2(spec.k_dim),
         v_pad=triton.next_power_of_2(spec.v_dim),
         num_warps=4,
-    )
-
-
-def _prefill(
-    layer: PagedLayer, inputs: StepInputs, query: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    spec, decode = layer.spec, inputs.num_decode
-    block_m, block_n, num_warps, num_stages = _prefill_tile(spec)
-    grid = (triton.cdiv(inputs.max_query_len, block_m // spec.group), spec.kv_heads, inputs.num_rows - decode)
-    prefill_kernel[grid](
-        query,
-        layer.k_cache,
-        layer.v_cache,
-        inputs.block_table,
-        inputs.row_slot[decode:],
-        inputs.kv_len[decode:],
-        inputs.query_start[decode:],
-        query if sinks is None else sinks,
-        out,
-        *_scales(spec),
-        spec.window or _NO_WINDOW,
-        query.stride(0),
-        query.stride(1),
-        inputs.block_table.stride(0),
-        **_dims(spec),
-        page=layer.k_cache.shape[1],
-        block_m=block_m,
-        block_n=block_n,
-        has_window=spec.window is not None,
-        has_softcap=spec.softcap is not None,
-        has_sinks=sinks is not None,
-        precision=_precision(spec),
-        num_warps=num_warps,
-        num_stages=num_stages,
     )
 
 
