@@ -38,7 +38,7 @@ RESTART_WINDOW_S: Final = 600.0
 _ABORT_GRACE_S: Final = 2.0  # for the last frames of requests that a shutdown ends early
 _STOP_GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL
 _HURRY_GRACE_S: Final = 2.0  # from SIGTERM to SIGKILL after a second signal
-_DUMP_GRACE_S: Final = 1.0  # for a stuck process to write its stacks
+_DUMP_GRACE_S: Final = 1.0  # for a stuck process to write its stacks and end
 _CONFIG_FAULT: Final = 2  # exit code of a child whose fault is the user's and will come again
 
 
@@ -93,7 +93,7 @@ class Supervisor:
         self._frontends_drain = False  # they have requests at replicas of other launchers
         self._exit_code = 0
         self._last_words = ""  # printed after everything else
-        self._ending: list[Child] = []  # they write their stacks, then they are killed
+        self._ending: list[Child] = []  # they write their stacks and end, or else they are killed
         self._stop_order: list[str] = []  # roles that are still to be told to stop
         self._signals, self._signals_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -317,8 +317,8 @@ class Supervisor:
         for child in stuck:
             child.ended_for = why
             say(f"{why}; ending {child.role} (pid {child.pid}), its stacks:")
-            child.signal(signal.SIGUSR1)
-            child.signal(signal.SIGCONT)  # one that was stopped shows its stacks only if it goes on
+            child.signal(signal.SIGUSR2)
+            child.signal(signal.SIGCONT)  # one that was stopped ends of that before it does anything else
         self._loop.after(_DUMP_GRACE_S, lambda: self._kill(stuck))
 
     def _kill(self, children: list[Child]) -> None:

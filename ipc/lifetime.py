@@ -24,11 +24,13 @@ def enter_process(role: str, parent_pipe: int, *packages: ModuleType) -> None:
     """Arm everything a child of the launcher needs; call before anything slow, the model above all.
 
     The launcher owns the signals: a child ignores SIGINT, and SIGTERM keeps its meaning for the child's own handler.
-    SIGUSR1 dumps all stacks to stderr. Raises ConfigError if `packages` come from different folders.
+    SIGUSR1 dumps all stacks to stderr; SIGUSR2 does that and ends the process before it runs another line.
+    Raises ConfigError if `packages` come from different folders.
     """
     setproctitle.setproctitle(f"engine-launch: {role}")
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)  # on to what the signal does by default
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     check_one_place(*packages)
     die_with_parent(parent_pipe)

@@ -3,6 +3,7 @@
     python scripts/chaos.py --seconds 300 --seed 1                                       # demo model, CPU, float32
     python scripts/chaos.py --seconds 60 --seed 1 --device cuda --random-weights llama-3.1-8b --streams 64
     python scripts/chaos.py --seconds 60 --seed 1 --data-parallel-size 2                 # replicas die as a whole, too
+    python scripts/chaos.py --seconds 60 --seed 1 --only hang:frontend                   # one kind of fault
 
 Real processes. Many streams at once (`chaos_streams.py`). Every few seconds a process of the engine is killed, or
 stopped for a while, or stopped for longer than the engine bears (`chaos_engine.py`): each of that once, then at random.
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
-from chaos_engine import Engine, gpu_memory_mib  # noqa: E402
+from chaos_engine import FAULTS, REPLICA_FAULTS, Engine, gpu_memory_mib  # noqa: E402
 from chaos_streams import Case, Chaos  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 from workloads import SHAPES  # noqa: E402
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace, folder: Path) -> Chaos:
     shared_memory, gpu_mib = set(os.listdir("/dev/shm")), gpu_memory_mib() if args.device == "cuda" else -1
     (folder / "model").mkdir()
     model, cases = prepare(args, folder / "model")
-    engine = Engine(model, args.device, folder, replicas=args.data_parallel_size)
+    engine = Engine(model, args.device, folder, replicas=args.data_parallel_size, only=args.only)
     try:
         asyncio.run(warm_up(engine, cases[0]))
         print(
@@ -139,10 +140,13 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=40, help="different requests")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--data-parallel-size", type=int, default=1, metavar="M")
+    parser.add_argument("--only", metavar="KIND:ROLE", help="no other faults than this, such as hang:frontend")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "demo")
     parser.add_argument("--random-weights", choices=sorted(RANDOM_SHAPES), help="a known shape instead of a model")
     args = parser.parse_args()
+    if args.only and tuple(args.only.split(":")) not in FAULTS | REPLICA_FAULTS:
+        parser.error(f"--only: one of {', '.join(':'.join(fault) for fault in FAULTS | REPLICA_FAULTS)}")
     if args.device == "cuda" and args.random_weights is None:
         parser.error("--device cuda: bfloat16 has no reference, so --random-weights is needed")
     with tempfile.TemporaryDirectory() as folder:

@@ -45,9 +45,13 @@ NOTICE_S = 5.0  # a process that hung may be killed that much after it went on, 
 class Engine:
     """`engine-launch` in a temporary folder of its own, with what it prints to stderr in a file."""
 
-    def __init__(self, model: list[str], device: str, folder: Path, replicas: int) -> None:
+    def __init__(self, model: list[str], device: str, folder: Path, replicas: int, only: str | None) -> None:
+        """`only`: the one kind of fault that befalls it, as KIND:ROLE."""
         self.log = folder / "stderr"
         self.faults = FAULTS | (REPLICA_FAULTS if replicas > 1 else {})
+        if only is not None:
+            kind, role = only.split(":")
+            self.faults = {(kind, role): 1}
         flags = ["--device", device, "--frontends", "2", "--port", "0", "--max-restarts", "100000"]
         flags += ["--watchdog-timeout", str(WATCHDOG_S), "--enable-debug-endpoints"]
         flags += ["--data-parallel-size", str(replicas)]

@@ -82,15 +82,16 @@ class Chaos:
             try:
                 self.ends[await kind(case, client)] += 1
             except TandemError as error:
-                self.declare(error.code, start_s)
+                self.declare(error, start_s)
             except httpx.TransportError as error:
                 if not self.faults.since("frontend", start_s - NOTICE_S):
                     self.wrong.append(f"a connection broke, but no frontend died: {error!r}")
                 self.ends["connection of a dead frontend"] += 1
                 await asyncio.sleep(0.1)
 
-    def declare(self, code: str, start_s: float) -> None:
+    def declare(self, error: TandemError, start_s: float) -> None:
         """A stream ended with a typed error; it must be one that the faults explain."""
+        code = error.code
         if code == "request_crashed_executor":
             crashes = sum(self.faults.since(role, start_s - NOTICE_S) for role in ("executor", "replica"))
             explained = crashes >= 2
@@ -102,7 +103,7 @@ class Chaos:
             )
         waited_s = time.monotonic() - start_s
         if not explained:
-            self.wrong.append(f"error {code!r} after {waited_s:.1f} s and {dict(self.faults.counts)}")
+            self.wrong.append(f"error {code!r} ({error.message}) after {waited_s:.1f} s and {dict(self.faults.counts)}")
         self.ends[f"error {code}, {'at once' if waited_s < AT_ONCE_S else 'after waiting'}"] += 1
 
     def body(self, case: Case) -> tuple[dict[str, Any], str, str | None]:

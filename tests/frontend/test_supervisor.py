@@ -296,6 +296,7 @@ def test_a_stopped_scheduler_is_noticed_dumped_and_replaced(folder: Path) -> Non
         log = "\n".join(engine.stderr)
         assert re.search(r"silent for 3\.0 s; ending scheduler \(pid \d+\), its stacks:", log)
         assert "most recent call first" in log
+        assert "was ended by SIGUSR2" in log, "it went on after it had shown its stacks"
         engine.process.terminate()
         assert engine.wait() == 0
 
