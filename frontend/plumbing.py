@@ -132,8 +132,8 @@ class Lines:
         rings = [self.plan_ring, self.result_ring]
         return [*rings, *bells, self.result_bell.fd, self._parent_pipe, *_present(self._trace)]
 
-    def scheduler(self, life: int) -> tuple[SchedulerChannels, list[int]]:
-        """The channels of the scheduler's life number `life`, and the fds among them."""
+    def scheduler(self, life: int, epoch: int) -> tuple[SchedulerChannels, list[int]]:
+        """The channels of the scheduler's life number `life`, whose first epoch this is, and the fds among them."""
         channels = SchedulerChannels(
             plan_ring=self.plan_ring,
             plan_bells=tuple(bell.fd for bell in self.plan_bells),
@@ -143,6 +143,7 @@ class Lines:
             control=self.control,
             parent_pipe=self._parent_pipe,
             life=life,
+            epoch=epoch,
             trace=self._trace,
         )
         return channels, self._fds

@@ -73,7 +73,7 @@ class Replica:
         """What a new scheduler or rank inherits, or the relay, which stands after the ranks of this node."""
         if role == "executor":
             return self._lines.executor(self._epoch, place)
-        return self._lines.scheduler(self._scheduler_lives)
+        return self._lines.scheduler(self._scheduler_lives, self._epoch)
 
     def send(self, message: Message) -> None:
         try:

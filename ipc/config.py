@@ -148,6 +148,7 @@ class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
     trace: int = -1
     parent_pipe: int
     life: int = 0  # how many schedulers of this engine came before; their frontends come back
+    epoch: int = 0  # executors of earlier ones have ended
 
 
 class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,6 @@ import signal
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import zmq
 
 from ipc.auth import Gatekeeper
@@ -31,14 +30,7 @@ from ipc.schema import (
     PROTOCOL_VERSION,
     Abort,
     Admit,
-    Alive,
-    Drain,
-    Drained,
     Draining,
-    ExecutorFaulty,
-    ExecutorHello,
-    ExecutorLost,
-    ExecutorStuck,
     FinishReason,
     FrontendStuck,
     GetInvariants,
@@ -46,18 +38,14 @@ from ipc.schema import (
     Goodbye,
     Heartbeat,
     Hello,
-    Message,
-    Paused,
     Rejected,
-    SchedulerReady,
     Stats,
-    Welcome,
     decode_control,
     decode_frontend,
-    encode,
 )
 from ipc.sockets import bind_router
 from ipc.trace import Act, Track, open_trace
+from scheduler.control import Control
 from scheduler.grammar import GrammarWorker
 from scheduler.invariants import take_invariants
 from scheduler.mail import Mail
@@ -72,7 +60,6 @@ from scheduler.wire import Wire
 log = logging.getLogger(__name__)
 
 MESSAGE_HELPING_NS: Final = 200_000  # time for messages between two looks at the result bell
-MAX_BLOCKS: Final = 1 << 24  # of a KV cache: more than any device holds
 REJOIN_NS: Final = 3_000_000_000  # a scheduler that replaces another one is not drained before: frontends come back
 
 
@@ -82,39 +69,35 @@ class Loop:
     def __init__(self, config: EngineConfig, channels: SchedulerChannels) -> None:
         self.config = config
         self.state = SchedulerState(config)
-        self.launcher: bytes | None = None
         self.wire = Wire(config, channels)
         self.state.seq = self.wire.plans.head
         self.fault = read_fault("scheduler", channels.life)
         self.rejoined_ns = now_ns() + (REJOIN_NS if channels.life else 0)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self.mail = Mail(self.state, bind_router(context, channels.frontend))
-        self.control = bind_router(context, channels.control)
         self.gatekeeper: Gatekeeper | None = None
-        self.tcp_endpoint = ""
+        tcp_endpoint = ""
         if config.frontend_endpoint:
             self.gatekeeper = Gatekeeper(context, Path(config.auth_keys))
-            self.tcp_endpoint = self.gatekeeper.bind(self.mail.socket, config.frontend_endpoint)
+            tcp_endpoint = self.gatekeeper.bind(self.mail.socket, config.frontend_endpoint)
+        control = bind_router(context, channels.control)
+        self.control = Control(
+            self.state, self.wire, self.mail, control, epoch=channels.epoch, tcp_endpoint=tcp_endpoint
+        )
         self.grammar_bell = Doorbell.create()
         self.grammars = GrammarWorker(config.card, self.grammar_bell)
         self.stop_bell = Doorbell.create()
         self.stopping = False
         self.trace = open_trace(channels.trace, config.replica or 0)
-        self.last_result_ns = 0
         self.next_check_ns = 0
-        self.owes_drained = False
         self.stats_line = StatsLine(now_ns())
-        self.stuck_epoch = -1  # the last one reported
-        self.ranks: dict[int, ExecutorHello] = {}  # of the newest epoch
-        self.next_epoch = -1  # the one the launcher has told to follow; -1: it has not spoken of any
-        self.accusation: ExecutorFaulty | None = None  # until the launcher has replaced that executor
         self.poller = zmq.Poller()
         for waitable in (
             self.wire.result_bell.fd,
             self.grammar_bell.fd,
             self.stop_bell.fd,
             self.mail.socket,
-            self.control,
+            self.control.socket,
         ):
             self.poller.register(waitable, zmq.POLLIN)
         if self.gatekeeper is not None:
@@ -147,13 +130,14 @@ class Loop:
             while self.state.attached and (result := self.wire.next_result()) is not None:
                 self._take_result(result)
         except ProtocolError as error:
-            self._accuse(str(error))
+            self.control.accuse(str(error))
+            self.next_check_ns = 0
 
     def _take_result(self, result: Result) -> None:
         start = now_ns()
         if result.epoch == self.state.epoch:
             self.mail.sort_out(retire(self.state, result), result)
-            self.last_result_ns = start
+            self.wire.quiet_since_ns = start
             self.fault.strike(self.state.counters.steps)
         elif not 0 <= result.epoch < self.state.epoch:
             raise ProtocolError(f"result of epoch {result.epoch}, expected {self.state.epoch} or an earlier one")
@@ -168,7 +152,7 @@ class Loop:
         while self._can_plan and state.has_work and len(state.inflight) < state.depth.steps:
             start = now_ns()
             if not state.inflight:
-                self.last_result_ns = start
+                self.wire.quiet_since_ns = start
             plan = make_plan(state)
             if plan is None:
                 break
@@ -225,7 +209,7 @@ class Loop:
         start, taken = now_ns(), 0
         deadline = start + MESSAGE_HELPING_NS
         for socket, decode, handle in (
-            (self.control, decode_control, self._on_control),
+            (self.control.socket, decode_control, self.control.handle),
             (self.mail.socket, decode_frontend, self._on_frontend),
         ):
             while now_ns() < deadline:
@@ -276,20 +260,9 @@ class Loop:
             return
         peer = self.mail.peers.add(identity, hello.name, hello.pid, now_ns())
         peer.last_heard_ns = now_ns()
-        self.mail.notify(peer, self._welcome_message())
+        self.mail.welcome(peer)
         if self.state.draining:
             self.mail.notify(peer, Draining())
-
-    def _welcome_message(self) -> Welcome:
-        state = self.state
-        return Welcome(
-            version=PROTOCOL_VERSION,
-            ready=state.attached,
-            card=msgspec.structs.replace(self.config.card, max_model_len=state.max_seq_len),
-            epoch=state.epoch,
-            num_blocks=state.pool.num_blocks,
-            block_size=self.config.block_size,
-        )
 
     def _admit(self, peer: Peer, message: Admit) -> None:
         try:
@@ -309,122 +282,26 @@ class Loop:
             peer.outbox.add_end(ended, FinishReason.ABORTED)
             self.deliver()
 
-    def _on_control(self, identity: bytes, message: Any) -> None:
-        state = self.state
-        match message:
-            case Hello(role="launcher"):
-                self.launcher = identity
-                if state.attached:
-                    self._announce()
-            case ExecutorHello():
-                if message.version != PROTOCOL_VERSION:
-                    raise ProtocolError(f"executor speaks version {message.version}, expected {PROTOCOL_VERSION}")
-                if not (0 <= message.epoch < 1 << 31 and 1 < message.num_blocks <= MAX_BLOCKS):
-                    raise ProtocolError(f"executor of epoch {message.epoch} with {message.num_blocks} blocks")
-                self._on_rank(message)
-            case ExecutorLost():
-                self.next_epoch = message.epoch + 1
-                if message.epoch == state.epoch and state.attached:
-                    log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(state.requests))
-                    self._detach()
-            case Drain():
-                self._drain(message.abort)
-
-    def _accuse(self, reason: str) -> None:
-        """The executor broke the protocol: it is believed no more, and the launcher is to replace it."""
-        log.error("the executor of epoch %d is at fault: %s", self.state.epoch, reason)
-        self.accusation = ExecutorFaulty(self.state.epoch, reason)
-        self.next_check_ns = 0
-        self._detach()
-
-    def _detach(self) -> None:
-        """The executor is gone with all it was given; requests that crashed it twice in a row end here."""
-        crashed = self.state.executor_lost()
-        for request in crashed:
-            log.warning("a request of %d tokens crashed the executor twice; it is given up", len(request.tokens))
-        self.mail.end(crashed, FinishReason.CRASHED)
-        self.state.seq = self.wire.plans.restart()
-        for peer in self.mail.peers:
-            self.mail.notify(peer, Paused())
-
-    def _on_rank(self, hello: ExecutorHello) -> None:
-        """A rank is ready; the executor is when all of them are. Each has room for as many blocks as the least has."""
-        if not 0 <= hello.rank < self.config.ranks:
-            raise ProtocolError(f"rank {hello.rank} of an executor of {self.config.ranks}")
-        if hello.epoch != self.next_epoch and any(other.epoch > hello.epoch for other in self.ranks.values()):
-            return  # of an executor that has ended: its word came late
-        self.ranks = {rank: other for rank, other in self.ranks.items() if other.epoch == hello.epoch}
-        self.ranks[hello.rank] = hello
-        if self.state.attached:
-            self._detach()
-        if set(self.ranks) == set(range(self.config.ranks)):
-            self._attach(hello.epoch, min(rank.num_blocks for rank in self.ranks.values()))
-
-    def _attach(self, epoch: int, num_blocks: int) -> None:
-        self.accusation = None
-        self.wire.results.skip()  # what was published before is not for this epoch
-        self.wire.ring()  # a scheduler that died may have published a plan without doing so
-        self.last_result_ns = now_ns()
-        for request in self.state.executor_attached(epoch, num_blocks):
-            peer = self.mail.peers.get(request.peer)
-            self.state.finish(request)
-            if peer is not None:
-                numbers = f"{request.limit} tokens, the KV cache now holds {self.state.max_seq_len}"
-                self.mail.notify(peer, Rejected(request.request_id, "context_length_exceeded", numbers))
-        for peer in self.mail.peers:
-            self.mail.notify(peer, self._welcome_message())
-        self._announce()
-
-    def _announce(self) -> None:
-        kv_tokens = self.state.pool.capacity * self.config.block_size
-        self._tell_launcher(SchedulerReady(self.state.epoch, self.state.max_seq_len, kv_tokens, self.tcp_endpoint))
-
-    def _tell_launcher(self, message: Message) -> bool:
-        """False if it was not sent: the launcher was stopped for long. Of one that is gone, the pipe tells."""
-        if self.launcher is None:
-            return False
-        try:
-            self.control.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def _drain(self, abort: bool) -> None:
-        state = self.state
-        if not state.draining:
-            state.draining = True
-            for peer in self.mail.peers:
-                self.mail.notify(peer, Draining())
-        if abort:
-            self.mail.end(list(state.requests.values()), FinishReason.ABORTED)
-        self.owes_drained = True
-
     # -- once in a while
 
     def keep_house(self) -> None:
         """Once a heartbeat: silent frontends, a stuck executor; and Drained as soon as the last request ended."""
         now, state = now_ns(), self.state
         self.deliver()
-        if self.owes_drained and not state.requests and not self._is_owed_to_frontends():
-            self.owes_drained = not self._tell_launcher(Drained())
+        if not state.requests and not self._is_owed_to_frontends():
+            self.control.tell_drained()
         if now < self.next_check_ns:
             return
         self.next_check_ns = now + int(HEARTBEAT_S * 1e9)
         for peer in self.mail.peers:
             if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
                 self.mail.remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
-                self._tell_launcher(FrontendStuck(peer.pid))
-        self._tell_launcher(Alive())
-        if self.accusation is not None:
-            self._tell_launcher(self.accusation)
+                self.control.tell(FrontendStuck(peer.pid))
+        self.control.report(self._step_age_ns() * 1e-9)
         if self.config.log_stats and self.stats_line.is_due(now):
             line = self.stats_line.make(self.stats(), now)
             if line is not None:
                 log.info("%s", line)
-        age_s = self._step_age_ns() * 1e-9
-        if age_s > self.config.watchdog_timeout_s and self.stuck_epoch != state.epoch:
-            self.stuck_epoch = state.epoch
-            self._tell_launcher(ExecutorStuck(state.epoch, age_s))
 
     def _is_owed_to_frontends(self) -> bool:
         """Rows wait to be sent, or frontends of the scheduler before this one may still bring requests."""
@@ -432,7 +309,7 @@ class Loop:
 
     def _step_age_ns(self) -> int:
         waits = self.state.inflight or (self.state.attached and self.state.has_work and not self._can_plan)
-        return now_ns() - self.last_result_ns if waits else 0
+        return now_ns() - self.wire.quiet_since_ns if waits else 0
 
     def stats(self) -> Stats:
         """A snapshot of counters and gauges."""

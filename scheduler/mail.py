@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+import msgspec
 import numpy as np
 import zmq
 
 from ipc.results import Result
-from ipc.schema import FinishReason, Message, encode
+from ipc.schema import PROTOCOL_VERSION, FinishReason, Message, Welcome, encode
 from scheduler.outbox import MAX_BACKLOG_ROWS
 from scheduler.peers import Peer, PeerTable
 from scheduler.request import Request
@@ -67,6 +68,19 @@ class Mail:
             elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
                 self._give_up(peer)
         return rows
+
+    def welcome(self, peer: Peer) -> None:
+        """Tell a frontend what is served here, now that it asks or that it has changed."""
+        state = self.state
+        message = Welcome(
+            version=PROTOCOL_VERSION,
+            ready=state.attached,
+            card=msgspec.structs.replace(state.config.card, max_model_len=state.max_seq_len),
+            epoch=state.epoch,
+            num_blocks=state.pool.num_blocks,
+            block_size=state.config.block_size,
+        )
+        self.notify(peer, message)
 
     def notify(self, peer: Peer, message: Message) -> None:
         """What a frontend must learn, since it will not ask again: if its socket is full, later."""

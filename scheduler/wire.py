@@ -6,6 +6,7 @@ process: a frame that cannot be one is a ProtocolError, which the loop answers b
 
 from __future__ import annotations
 
+from ipc.clock import now_ns
 from ipc.config import EngineConfig, SchedulerChannels
 from ipc.doorbell import Doorbell
 from ipc.frames import Plan, write_plan
@@ -25,7 +26,16 @@ class Wire:
         self.result_bell = Doorbell(channels.result_bell)
         self._plan_bells = [Doorbell(fd) for fd in channels.plan_bells]
         self._layout = config.result_layout
+        self.quiet_since_ns = (
+            0  # the last result, or the first plan after a rest: how long a step takes counts from then
+        )
         self._inherited_seq = self.plans.head  # the last plan of the scheduler before this one
+
+    def attach(self) -> None:
+        """An executor begins."""
+        self.results.skip()  # what was published before is not for this epoch
+        self.ring()  # a scheduler that died may have published a plan without doing so
+        self.quiet_since_ns = now_ns()
 
     @property
     def has_room(self) -> bool:

@@ -120,7 +120,8 @@ class Bench:
     def replace_scheduler(self) -> None:
         """The scheduler dies between two steps, and the launcher starts another one on the same rings."""
         self.close()
-        self.loop = Loop(self.config, msgspec.structs.replace(self.channels, life=self.channels.life + 1))
+        epoch = self.loop.state.epoch + 1
+        self.loop = Loop(self.config, msgspec.structs.replace(self.channels, life=self.channels.life + 1, epoch=epoch))
         self.greet()
 
     def attach(self, epoch: int = 1) -> None:
@@ -170,7 +171,7 @@ class Bench:
 
     def close(self) -> None:
         self.loop.mail.socket.close()
-        self.loop.control.close()
+        self.loop.control.socket.close()
 
 
 @pytest.fixture
@@ -381,12 +382,33 @@ def test_a_late_hello_of_a_dead_executor_changes_nothing(bench: Bench) -> None:
     assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
 
 
+def test_executors_that_came_and_died_while_the_scheduler_slept_are_not_believed(bench: Bench) -> None:
+    """What they said may be read after what the launcher said of their ends, or after the word of the next one."""
+    peer = bench.frontend_peer()
+    hellos = [ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17) for epoch in range(4)]
+    bench.launcher.send(hellos[3], hellos[2], ExecutorLost(1), ExecutorLost(2), ExecutorLost(3), *hellos)
+    bench.attach(epoch=4)
+    peer.send(admit(1))
+    assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
+    assert [message.epoch for message in peer.inbox if isinstance(message, Welcome)] == [3, 4]
+
+
+def test_a_new_scheduler_knows_which_executors_have_ended(bench: Bench) -> None:
+    bench.replace_scheduler()
+    peer = Peer(bench, bench.frontend, decode_scheduler)
+    peer.send(Hello(PROTOCOL_VERSION, "frontend", "test", 3))
+    assert not peer.receive(Welcome).ready
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 1, 2, 17))
+    bench.attach(epoch=2)
+    assert peer.receive(Welcome).epoch == 2
+
+
 def test_a_stuck_executor_is_reported(bench: Bench) -> None:
     bench.answering = False
     peer = bench.frontend_peer()
     peer.send(admit(1))
     assert peer.stats().inflight > 0
-    bench.loop.last_result_ns -= 61 * 10**9
+    bench.loop.wire.quiet_since_ns -= 61 * 10**9
     bench.loop.next_check_ns = 0
     stuck = bench.launcher.receive(ExecutorStuck)
     assert stuck.epoch == 1

@@ -26,6 +26,7 @@ from ipc.schema import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     ExecutorHello,
+    ExecutorLost,
     FinishReason,
     Goodbye,
     Hello,
@@ -110,7 +111,12 @@ def test_a_frontend_whose_messages_decode(bench: Bench, messages: list[bytes]) -
 def test_the_control_socket(bench: Bench, messages: list[bytes]) -> None:
     """One there may say that it is the launcher, or an executor; what is no executor is not believed."""
     socket = connect_dealer(bench.context, bench.control, new_identity())
-    for payload in [*messages, encode(ExecutorHello(PROTOCOL_VERSION, LAST_EPOCH, 2, 17))]:
+    last = [
+        Hello(PROTOCOL_VERSION, "launcher", "launcher", 1),
+        ExecutorLost(LAST_EPOCH - 1),
+        ExecutorHello(PROTOCOL_VERSION, LAST_EPOCH, 2, 17),
+    ]
+    for payload in [*messages, *map(encode, last)]:
         socket.send(payload)
     for _ in range(LIMIT_MS):
         bench.turn()
@@ -287,7 +293,7 @@ def test_the_result_ring(bench: Bench, scribble: Scribble, num_requests: int) ->
             found += rows([message]) if isinstance(message, Tokens) else []
         # One that claims an earlier epoch is dropped in silence; then the watchdog sees a step that never ends.
         is_stuck = bench.loop.state.inflight and bench.results.acked == bench.results.head
-        if bench.loop.accusation is not None or is_stuck:
+        if bench.loop.control.accusation is not None or is_stuck:
             bench.replace_executor(bench.loop.state.epoch + 1)
         if sum(finish != FinishReason.RUNNING for _, _, finish in found) == num_requests:
             break
