@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 protocol with what it leaves open: limits on the head, time limits on reading and on writing.
+"""uvicorn's HTTP/1.1 protocol with what it leaves open: limits on heads and connections, on reading and on writing.
 
 One object a connection, made by uvicorn in a serving frontend. A client that is slow to send, or does not read what it
 asked for, loses its connection, and with it its request; all others are served meanwhile. Bodies are limited by the
@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from frontend.jobs import DIRECT
 from frontend.openai import error_body
+from ipc.lifetime import file_limit
 
 MAX_URL_BYTES: Final = 16 << 10
 MAX_HEAD_BYTES: Final = 64 << 10
@@ -24,11 +25,12 @@ MAX_HEADERS: Final = 128
 HEAD_TIMEOUT_S: Final = 30.0  # from the connection, or a request's first byte, to the end of its headers
 BODY_TIMEOUT_S: Final = 120.0  # from there to the end of its body
 WRITE_TIMEOUT_S: Final = 60.0  # how long a full send buffer may stay full
+RESERVED_FILES: Final = 128  # of those that the process may open: its own, and connections that are being refused
 
 _log: Final = logging.getLogger(__name__)
 
 
-class _HeadTooLargeError(Exception):
+class _RefusedError(Exception):
     """Leaves httptools as a parser error, which ends the connection."""
 
 
@@ -38,13 +40,14 @@ class LimitedHttp(HttpToolsProtocol):
     head_timeout_s = HEAD_TIMEOUT_S
     body_timeout_s = BODY_TIMEOUT_S
     write_timeout_s = WRITE_TIMEOUT_S
+    reserved_files = RESERVED_FILES
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._head_bytes = 0  # received since the head began; what else a read brought counts too
         self._header_bytes = 0  # of the parsed headers
-        self._refusal: tuple[int, str] | None = None  # what is wrong with the head being parsed
+        self._refusal: tuple[int, str] | None = None  # why the request being parsed is not taken
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self.takes_data = False  # the send buffer has room; read for every token, so it is no property
@@ -54,6 +57,9 @@ class LimitedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.takes_data = True
+        count, limit = len(self.connections), file_limit() - self.reserved_files
+        if count > limit:
+            self._refusal = 503, f"{count} connections are open, the limit is {limit}"
         self._read_within(self.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -81,15 +87,17 @@ class LimitedHttp(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
+        if self._refusal is not None:
+            raise _RefusedError
         if len(self.url) > MAX_URL_BYTES:
             self._refusal = 414, f"the URL is longer than {MAX_URL_BYTES} bytes"
-            raise _HeadTooLargeError
+            raise _RefusedError
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value)
         if len(self.headers) >= MAX_HEADERS or self._header_bytes > MAX_HEAD_BYTES:
             self._refusal = 431, f"more than {MAX_HEADERS} headers, or {MAX_HEAD_BYTES} bytes of them"
-            raise _HeadTooLargeError
+            raise _RefusedError
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

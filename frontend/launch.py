@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import zmq
@@ -33,8 +34,11 @@ from ipc.auth import has_client_keys, load_client_keys, load_server_keys
 from ipc.clock import now_s
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError
-from ipc.lifetime import fail
+from ipc.lifetime import fail, raise_file_limit
 from ipc.logs import LogConfig, configure_news, news
+
+_FILES: Final = 192  # that a process of an engine may need, connections of clients aside: 35, and what CUDA takes
+_FILES_OF_CHILD: Final = 8  # what each process costs the launcher, and what a replica costs a frontend
 
 
 def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
@@ -143,6 +147,14 @@ def prepare(options: flags.Options) -> EngineConfig:
     return flags.engine_config(options, card, device, api_keys)
 
 
+def _check_files(options: flags.Options) -> None:
+    """The processes of the engine can open what they need; the rest is for connections."""
+    processes = options.frontends + options.data_parallel_size * (1 + options.tensor_parallel_size)
+    needed, limit = _FILES + _FILES_OF_CHILD * processes, raise_file_limit()
+    if limit < needed:
+        raise ConfigError(f"a process may open {limit} files, this engine needs {needed}", param="ulimit -n")
+
+
 def _check_gpus(replicas: int, ranks: int) -> None:
     """Every rank of every replica has a GPU of its own."""
     if replicas * ranks > (gpus := cuda_devices()):
@@ -162,6 +174,7 @@ def _sampling_defaults(source: str, folder: Path) -> dict[str, float]:
 
 def serve(options: flags.Options) -> int:
     """Run an engine until it is told to stop; returns the exit code. Raises ConfigError before anything starts."""
+    _check_files(options)
     if options.node_rank:
         from frontend import node
 

@@ -39,7 +39,7 @@ from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, TandemError, UnavailableError
 from ipc.fault import read_fault
-from ipc.lifetime import check_one_place, enter_process, fail
+from ipc.lifetime import check_one_place, enter_process, fail, raise_file_limit
 from ipc.logs import LogConfig, configure_logs
 from ipc.trace import Act, Trace, Track, open_trace
 
@@ -236,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         digests = collect_digests(options.api_key, options.api_key_file, os.environ)
         check_one_place(ipc, frontend)
+        raise_file_limit()
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         config = flags.http_config(options, digests)
         log = LogConfig(level=options.log_level, json=options.log_format == "json")

@@ -1,10 +1,11 @@
-"""A child's first calls: die with the parent, be debuggable when stuck, come from one place, have a name in ps."""
+"""A process's first calls: die with the parent, be debuggable when stuck, come from one place, have room for files."""
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
 import os
+import resource
 import select
 import signal
 import threading
@@ -18,6 +19,7 @@ from ipc.errors import ConfigError
 from ipc.logs import news
 
 _PR_SET_PDEATHSIG: Final = 1
+_ENOUGH_FILES: Final = 1 << 16  # some programs walk through all numbers below the limit, so it is not made endless
 
 
 def enter_process(role: str, parent_pipe: int, *packages: ModuleType) -> None:
@@ -52,6 +54,24 @@ def die_with_parent(parent_pipe: int) -> None:
 
 def parent_is_gone(parent_pipe: int) -> bool:
     return bool(select.select([parent_pipe], [], [], 0)[0])
+
+
+def raise_file_limit() -> int:
+    """Let this process, and its children, open as many files as the system allows; returns their number.
+
+    A connection is a file, and the usual limit of 1024 is made for programs that have few.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)
+    if file_limit() < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return file_limit()
+
+
+def file_limit() -> int:
+    """How many files this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _ENOUGH_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def check_one_place(*packages: ModuleType) -> None:

@@ -200,3 +200,11 @@ def test_rings_that_do_not_fit_into_shared_memory_name_the_flag(capsys, tmp_path
     error = capsys.readouterr().err
     assert "--max-num-batched-tokens: /dev/shm cannot hold the rings" in error
     assert error.count("\n") == 1
+
+
+def test_too_few_files_name_the_limit(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "raise_file_limit", lambda: 150)
+    command = [str(tiny_model(tmp_path)), "--port", "0", "--device", "cpu", "--frontends", "2"]
+    assert launch.main(command) == 2
+    error = "engine-launch: error: ulimit -n: a process may open 150 files, this engine needs 224\n"
+    assert capsys.readouterr().err == error

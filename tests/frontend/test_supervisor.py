@@ -6,12 +6,14 @@ import concurrent.futures
 import contextlib
 import os
 import re
+import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -91,7 +93,13 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launched(folder: Path, *flags: str, env: dict[str, str] | None = None, ready: bool = True) -> Iterator[Launched]:
+def launched(
+    folder: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    ready: bool = True,
+    preexec: Callable[[], None] | None = None,
+) -> Iterator[Launched]:
     command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--fake-executor", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--port", "0", *flags],
@@ -100,6 +108,7 @@ def launched(folder: Path, *flags: str, env: dict[str, str] | None = None, ready
         text=True,
         env={**os.environ, **(env or {})},
         start_new_session=True,
+        preexec_fn=preexec,
     )
     engine = Launched(process)
     children: list[psutil.Process] = []
@@ -399,6 +408,31 @@ def test_one_more_frontend_joins_and_leaves(folder: Path) -> None:
             joined.kill()
             joined.wait()
         assert engine.complete().status_code == 200
+
+
+def test_few_files_and_one_core_are_enough(folder: Path) -> None:
+    """More connections than the frontend may open files: some wait, some are refused, nobody dies of it."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    with launched(folder, preexec=limit) as engine, contextlib.ExitStack() as stack:
+        before = {role: child.pid for role, child in engine.roles().items()}
+        host, port = engine.root.removeprefix("http://").split(":")
+        address = (host, int(port))
+        idle = [stack.enter_context(socket.create_connection(address, START_S)) for _ in range(140)]
+        refused = engine.complete()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "service_unavailable")
+        idle += [stack.enter_context(socket.create_connection(address, START_S)) for _ in range(160)]
+        with contextlib.suppress(httpx.HTTPError):
+            engine.complete()
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: engine.complete().status_code == 200, START_S, "it serves")
+        assert {role: child.pid for role, child in engine.roles().items()} == before
+        engine.process.terminate()
+        assert engine.wait() == 0
 
 
 def test_ctrl_c_on_a_terminal(folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from frontend.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_URL_BYTES, LimitedHttp
+from ipc.lifetime import file_limit
 from tests.security.conftest import FILE_KEY, FORGED, SECRET_PROMPT, Service
 
 WAIT_S = 30.0
@@ -116,6 +117,26 @@ REFUSED = {
 def test_a_head_beyond_the_limits_is_refused(name: str) -> None:
     status, request = REFUSED[name]
     assert status_of(run(LimitedHttp, lambda _, port: answer_to(port, request))) == status
+
+
+def test_a_connection_that_leaves_too_few_files_is_refused_and_the_others_are_served() -> None:
+    class Narrow(LimitedHttp):
+        reserved_files = file_limit() - 1
+
+    async def talk(_: Application, port: int) -> tuple[bytes, bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        refused = await answer_to(port, b"GET / HTTP/1.1\r\n\r\n")
+        writer.write(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+        served = await reader.read()
+        writer.close()
+        return refused, served
+
+    refused, served = run(Narrow, talk)
+    assert status_of(refused) == 503
+    assert b"2 connections are open, the limit is 1" in refused
+    assert served.startswith(b"HTTP/1.1 200")
 
 
 SLOW = {
