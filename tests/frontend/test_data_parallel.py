@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -174,7 +175,8 @@ def test_a_joined_replica_is_dropped_with_its_launcher_and_finishes_what_it_has_
         wait_until(partial(directory_of, engine), START_S, "the directory")
         command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--fake-executor", "--device", "cpu"]
         command += ["--frontends", "0", "--enable-debug-endpoints", "--join", directory_of(engine)]
-        joined = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        slow = {**os.environ, **SLOW}
+        joined = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=slow) for _ in range(2)]
         try:
             engine.wait_ready()
             wait_until(lambda: len(running(engine)) == 2, START_S, "both are there")
