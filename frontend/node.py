@@ -33,6 +33,7 @@ from ipc.schema import (
     HEARTBEAT_LIMIT_S,
     HEARTBEAT_S,
     PROTOCOL_VERSION,
+    Decoder,
     ExecutorHello,
     Goodbye,
     Heartbeat,
@@ -53,6 +54,7 @@ _SILENT_BEATS: Final = int(HEARTBEAT_LIMIT_S / HEARTBEAT_S)
 _STOP_GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL
 _LINGER_MS: Final = 200  # for the last word
 _FAULT_OF_USER: Final = 2  # exit code
+_decode_config: Final = Decoder(EngineConfig)
 
 
 class Session:
@@ -192,7 +194,7 @@ class Node:
     # -- ranks
 
     def _start(self, start: StartRanks) -> None:
-        config = msgspec.msgpack.decode(start.config, type=EngineConfig)
+        config: EngineConfig = _decode_config(start.config)
         if start.version != PROTOCOL_VERSION or config.device != self._own.device:
             wrong = f"protocol version {start.version} and device {config.device} asked for"
             self._lose(f"{wrong}, here are {PROTOCOL_VERSION} and {self._own.device}", fault_of_user=True)

@@ -26,6 +26,9 @@ from ipc.schema import (
     Join,
     Member,
     Message,
+    NodeHello,
+    PlanAck,
+    RanksLost,
     SamplingParams,
     SchedulerReady,
     encode,
@@ -67,6 +70,13 @@ DIRECTORY_MESSAGES: Final[tuple[Message, ...]] = (
     Hello(PROTOCOL_VERSION, "frontend", "client", 1),
     Heartbeat(1),
     Join(PROTOCOL_VERSION, 1, [Member(0, "ipc:///somewhere", "tcp://127.0.0.1:1"), Member(7, "ipc:///elsewhere")]),
+)
+NODE_MESSAGES: Final[tuple[Message, ...]] = (
+    NodeHello(PROTOCOL_VERSION, 1),
+    ExecutorHello(PROTOCOL_VERSION, 0, 1, 17, 1),
+    PlanAck(1),
+    RanksLost("why"),
+    Heartbeat(1),
 )
 LAUNCHER_MESSAGES: Final[tuple[Message, ...]] = (
     SchedulerReady(0, 64, 64, "tcp://127.0.0.1:1"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +14,15 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executor.relay import NodeLostError, Relay
 from frontend.children import engine_roles
 from frontend.client import AsyncClient
 from frontend.directory import Directory
 from frontend.plumbing import Plumbing
 from frontend.replica import Replica
 from frontend.supervisor import Supervisor
+from ipc.auth import make_server_keys
+from ipc.config import RING_SLOTS, RelayChannels
 from ipc.errors import ProtocolError, TandemError
 from ipc.frames import Bytes, read_plan
 from ipc.results import RESULT_HEADER_BYTES, ResultLayout, ResultWord, read_result
@@ -32,9 +37,11 @@ from ipc.schema import (
     Hello,
     Member,
     Members,
+    NodeHello,
     SchedulerReady,
     Tokens,
     Welcome,
+    decode_node,
     decode_scheduler,
     encode,
 )
@@ -48,6 +55,7 @@ from tests.security.strategies import (
     EDGES,
     LAUNCHER_MESSAGES,
     NESTED,
+    NODE_MESSAGES,
     QUIET,
     frames,
     mutated,
@@ -248,6 +256,38 @@ def test_strangers_at_the_directory(directory: tuple[Directory, str], messages: 
         client.send(encode(Goodbye()))
         stranger.close()
         client.close()
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Relay, RingWriter]]:
+    """One that knows a single further node, and the plan ring, which is empty."""
+    folder = tmp_path_factory.mktemp("keys")
+    make_server_keys(folder)
+    config = tiny_config(ranks=2, nodes=2, nodes_endpoint="tcp://127.0.0.1:0", auth_keys=str(folder))
+    listener, sockets = socket.create_server(("127.0.0.1", 0)), EndpointDirectory()
+    ring, bell = create_ring(RING_SLOTS, config.limits.plan_bytes, 2), os.eventfd(0)
+    channels = RelayChannels(
+        epoch=0, place=1, plan_ring=ring, plan_bell=bell, result_bell=bell, control=sockets.replica(0)[1],
+        listener=listener.detach(), store="127.0.0.1:1", parent_pipe=-1,
+    )  # fmt: skip
+    made = Relay(config, channels)
+    yield made, RingWriter(ring)
+    for each in (made._router, made._control, made._gatekeeper.socket):
+        each.close(linger=0)
+    sockets.close()
+
+
+@settings(max_examples=100, **QUIET)
+@given(messages=st.lists(payloads | mutated(NODE_MESSAGES), max_size=8), hello=st.booleans())
+def test_whatever_a_node_says(relay: tuple[Relay, RingWriter], messages: list[bytes], hello: bool) -> None:
+    """Nothing, a dropped message, or the end of all ranks; and no plan is given back that was not sent."""
+    one, plans = relay
+    for payload in [encode(NodeHello(PROTOCOL_VERSION, 1)), *messages] if hello else messages:
+        try:
+            one._handle(b"node", decode_node(payload))
+        except (ProtocolError, NodeLostError):
+            continue
+    assert plans.acked == plans.head == 0
 
 
 # --- rings
