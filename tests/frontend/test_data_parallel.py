@@ -152,7 +152,7 @@ def test_a_replica_joins_under_load_and_leaves_again(folder: Path) -> None:
     with launched(folder, "--enable-debug-endpoints", env=SLOW) as engine:
         command = [sys.executable, "-P", "-m", "frontend.launch", str(folder), "--fake-executor", "--device", "cpu"]
         command += ["--frontends", "0", "--enable-debug-endpoints", "--join", f"ipc://{engine.directory}/frontend.sock"]
-        joined = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=None)
+        joined = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **SLOW})
         try:
             with load(engine, 4, 500):
                 assert read_line(joined, START_S).startswith("Serving tiny on ipc://")
