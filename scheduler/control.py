@@ -57,6 +57,7 @@ class Control:
         self.launcher: bytes | None = None
         self.next_epoch = epoch  # what the launcher has told to come next, if it has not come yet
         self.ranks: dict[int, ExecutorHello] = {}  # of the newest epoch
+        self.early: dict[int, ExecutorHello] = {}  # of a newer one, if the launcher has not told yet that it has come
         self.accusation: ExecutorFaulty | None = None  # until the launcher has replaced that executor
         self.stuck_epoch = -1  # the last one reported
         self.owes_drained = False
@@ -76,6 +77,10 @@ class Control:
                 if self.state.attached and message.epoch >= self.state.epoch:
                     log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(self.state.requests))
                     self._detach()
+                early, self.early = self.early, {}
+                for hello in early.values():
+                    if hello.epoch == self.next_epoch:
+                        self._on_rank(hello)
             case Drain():
                 self._drain(message.abort)
 
@@ -122,6 +127,8 @@ class Control:
         newer = any(other.epoch > hello.epoch for other in self.ranks.values())
         if hello.epoch < self.next_epoch or (newer and hello.epoch != self.next_epoch):
             return
+        if newer:
+            self.early = self.ranks
         self.ranks = {rank: other for rank, other in self.ranks.items() if other.epoch == hello.epoch}
         self.ranks[hello.rank] = hello
         if self.state.attached:

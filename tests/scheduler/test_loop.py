@@ -382,6 +382,17 @@ def test_a_late_hello_of_a_dead_executor_changes_nothing(bench: Bench) -> None:
     assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
 
 
+def test_an_executor_that_says_hello_before_the_end_of_the_last_one_is_told_is_taken(bench: Bench) -> None:
+    """Both ended at once: the next executor's word overtakes what the launcher said for, and then of, the last one."""
+    bench.replace_scheduler()
+    bench.launcher.send(*(ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17) for epoch in (3, 2)), ExecutorLost(2))
+    assert [bench.launcher.receive(SchedulerReady).epoch for _ in range(3)] == [3, 2, 3]
+    peer = bench.frontend_peer()
+    peer.send(admit(1))
+    assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
+    assert peer.stats().epoch == 3
+
+
 def test_executors_that_came_and_died_while_the_scheduler_slept_are_not_believed(bench: Bench) -> None:
     """What they said may be read after what the launcher said of their ends, or after the word of the next one."""
     peer = bench.frontend_peer()
