@@ -293,7 +293,7 @@ class FusedDecoder:
     def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, width = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
-        grid = (rows, triton.cdiv(width, _GATE_BLOCK), 1)
+        grid = (rows, -(-width // _GATE_BLOCK), 1)
         self._gate_kernel(grid, (gate_up, out), _gate_options(width, self._pdl))
         return out
 

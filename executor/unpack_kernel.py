@@ -31,7 +31,7 @@ class UnpackDecode:
     def __call__(self, plan: StagedPlan, row_slot: torch.Tensor) -> None:
         state = self._state
         deltas, bucket = plan.header.words[PlanWord.NUM_BLOCKS], len(row_slot)
-        grid = (triton.cdiv(max(deltas, bucket), _BLOCK), 1, 1)
+        grid = (-(-max(deltas, bucket) // _BLOCK), 1, 1)
         arguments = (
             plan.staged.view(torch.int32),
             plan.offset("row_slot"),

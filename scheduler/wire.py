@@ -26,9 +26,7 @@ class Wire:
         self.result_bell = Doorbell(channels.result_bell)
         self._plan_bells = [Doorbell(fd) for fd in channels.plan_bells]
         self._layout = config.result_layout
-        self.quiet_since_ns = (
-            0  # the last result, or the first plan after a rest: how long a step takes counts from then
-        )
+        self.quiet_since_ns = 0  # the last result, or the first plan after a rest: the age of a step counts from then
         self._inherited_seq = self.plans.head  # the last plan of the scheduler before this one
 
     def attach(self) -> None:

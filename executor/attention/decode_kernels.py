@@ -178,11 +178,10 @@ def decode_kernel(
     With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended.
     """
     head = tl.program_id(0) % kv_heads
-    lane = tl.program_id(0) // kv_heads
     lanes = tl.num_programs(0) // kv_heads
     items = tl.load(header)
     chunk = tl.load(header + 1)
-    item = lane
+    item = tl.program_id(0) // kv_heads
     while item < items:
         row = tl.load(item_row + item)
         split = tl.load(item_split + item)
