@@ -57,8 +57,8 @@ def filter_threshold(tables: SlotTables, x: torch.Tensor, summary: Summary, row_
     number = torch.empty(rows, chunks, _PROBES, dtype=torch.int32, device=x.device)
     mass = torch.empty(rows, chunks, _PROBES, dtype=torch.float32, device=x.device)
     _probe_kernel[(rows, chunks)](
-        number, mass, x, summary.least, summary.greatest, row_slot, tables.params, vocab, CHUNK, lanes, _PROBES,
-        _PROBE_BLOCK, num_warps=8,
+        number, mass, x, summary.number, summary.least, summary.greatest, row_slot, tables.params, vocab, CHUNK, lanes,
+        _PROBES, _PROBE_BLOCK, num_warps=8,
     )  # fmt: skip
     few = torch.empty(rows, _FEW, dtype=torch.float32, device=x.device)
     found = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
@@ -110,10 +110,20 @@ def _filters(param):
 
 
 @triton.jit
+def _asks_by_number(param, number_ptr, chunks, lanes: tl.constexpr):
+    """Whether a row's k greatest are fewer than its logits above -inf, and how many those are."""
+    lane = tl.arange(0, lanes)
+    number = tl.sum(tl.load(number_ptr + lane, mask=lane < chunks, other=0), 0)
+    top_k = tl.load(param + _TOP_K)
+    return (top_k > 0) & (top_k < number), number
+
+
+@triton.jit
 def _probe_kernel(
-    number_ptr,  # int32 [rows, chunks, probes], written: how many logits of the chunk are no less than the threshold
-    mass_ptr,  # float32 [rows, chunks, probes], written: their mass, see `_measure`
+    probed_number_ptr,  # int32 [rows, chunks, probes], written: how many logits of a chunk are no less than a threshold
+    probed_mass_ptr,  # float32 [rows, chunks, probes], written: their mass, see `_measure`; 0 where numbers will do
     x_ptr,  # float32 [rows, vocab]
+    number_ptr,  # int32 [rows, chunks]
     least_ptr,  # float32 [rows, chunks]
     greatest_ptr,  # float32 [rows, chunks]
     slot_ptr,  # int [rows]
@@ -126,10 +136,12 @@ def _probe_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.num_programs(1)
-    filters, temperature = _filters(params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS)
+    param = params_ptr + tl.load(slot_ptr + row).to(tl.int64) * _PARAMS
+    filters, temperature = _filters(param)
     if filters:
         least, top = _range(least_ptr + row * chunks, greatest_ptr + row * chunks, chunks, lanes)
         threshold = _probes(least, top, probes)[:, None]
+        by_number, _ = _asks_by_number(param, number_ptr + row * chunks, chunks, lanes)
         number = tl.zeros([probes, block], tl.int32)
         mass = tl.zeros([probes, block], tl.float32)
         first = tl.program_id(1) * chunk
@@ -137,10 +149,11 @@ def _probe_kernel(
             x = _load_ordered(x_ptr + row * vocab, start + tl.arange(0, block), vocab)[None, :]
             kept = x >= threshold
             number += kept.to(tl.int32)
-            mass += tl.where(kept, tl.exp2((x - top) * (_LOG2_E / temperature)), 0.0)
+            if not by_number:
+                mass += tl.where(kept, tl.exp2((x - top) * (_LOG2_E / temperature)), 0.0)
         at = (row * chunks + tl.program_id(1)) * probes + tl.arange(0, probes)
-        tl.store(number_ptr + at, tl.sum(number, 1))
-        tl.store(mass_ptr + at, tl.sum(mass, 1))
+        tl.store(probed_number_ptr + at, tl.sum(number, 1))
+        tl.store(probed_mass_ptr + at, tl.sum(mass, 1))
 
 
 @triton.jit
@@ -174,13 +187,12 @@ def _gather_kernel(
     if filters:
         lane = tl.arange(0, lanes)
         least, top = _range(least_ptr + row * chunks, greatest_ptr + row * chunks, chunks, lanes)
-        number = tl.sum(tl.load(number_ptr + row * chunks + lane, mask=lane < chunks, other=0), 0)
+        by_number, number = _asks_by_number(param, number_ptr + row * chunks, chunks, lanes)
         at = (row * chunks + lane[:, None]) * probes + tl.arange(0, probes)[None, :]
         numbers = tl.load(probed_number_ptr + at, mask=lane[:, None] < chunks, other=0)
         masses = tl.sum(tl.load(probed_mass_ptr + at, mask=lane[:, None] < chunks, other=0.0), 0)
         top_k = tl.load(param + _TOP_K)
         top_p = float_param(param, _TOP_P)
-        by_number = (top_k > 0) & (top_k < number)
         by_mass = ~by_number & (top_p < 1.0) & (top + tl.log(float_param(param, _MIN_P)) * temperature <= least)
         probe = _probes(least, top, probes)
         total = tl.max(masses, 0)
