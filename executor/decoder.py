@@ -49,8 +49,7 @@ _GATE_BLOCK: Final = 1024
 _ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
 
-# (linear, x, where to write it) -> x @ weight.T; silu(gate) * up if gated
-Product = Callable[[Linear, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Product = Callable[[Linear, torch.Tensor], torch.Tensor]  # x @ weight.T; silu(gate) * up if gated
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +187,7 @@ class FusedDecoder:
                 launch.begin()
         if way.few and self._ranks is None:
             return self._forward_few(inputs, last)
-        product: Product = self._skinny if way.few else self._multiply
-        return self._forward_many(inputs, last, product)
+        return self._forward_many(inputs, last, way.few)
 
     def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         skinny = self._skinny
@@ -204,36 +202,38 @@ class FusedDecoder:
             scaled = Scaled(scaled.value[last], scaled.square[:, last].contiguous(), scaled.eps)
         return skinny(self._head, scaled)
 
-    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None, product: Product) -> torch.Tensor:
+    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None, few: bool) -> torch.Tensor:
+        product: Product = self._skinny if few else self._multiply
         x, normed = self._embed_normed(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, product(self._qkv[i], normed, None), inputs)
-            self._add(Place.ATTENTION, product, self._o[i], attended, x, layer.mlp_norm, normed)
-            hidden = product(self._gate_up[i], normed, None)
-            self._add(Place.MLP, product, self._down[i], hidden, x, self._next_norm[i], normed)
-        logits = product(self._head, normed if last is None else normed[last], None)
+            attended = self._attend(i, product(self._qkv[i], normed), inputs)
+            self._add(Place.ATTENTION, few, self._o[i], attended, x, layer.mlp_norm, normed)
+            hidden = product(self._gate_up[i], normed)
+            self._add(Place.MLP, few, self._down[i], hidden, x, self._next_norm[i], normed)
+        logits = product(self._head, normed if last is None else normed[last])
         if self._ranks is None or self._weights.gathers is None:
             return logits
         return self._ranks.gather(logits, self._weights.gathers)
 
-    def _multiply(self, linear: Linear, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        if out is not None:
-            return torch.mm(x, linear.weight.t(), out=out)
+    def _multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, linear.weight, linear.bias)
         return self._gate(y) if linear.gated else y
 
     def _add(
-        self, place: Place, product: Product, linear: Linear, y: torch.Tensor, x: torch.Tensor, norm: Norm,
+        self, place: Place, few: bool, linear: Linear, y: torch.Tensor, x: torch.Tensor, norm: Norm,
         normed: torch.Tensor,
     ) -> None:  # fmt: skip
         """x += y @ weight.T, summed over all ranks; normed = the norm of that."""
         peers = self.peers
-        if peers is not None and len(x) <= peers.max_rows:
-            product(linear, y, peers.rows(len(x)))
-            peers.add_norm(place, x, norm.gain, norm.eps, normed, pdl=self._pdl)
+        if peers is None or len(x) > peers.max_rows:
+            partial = self._skinny(linear, y) if few else self._multiply(linear, y)
+            self._add_norm(x, partial if self._ranks is None else self._ranks.sum(partial), norm, normed)
             return
-        partial = product(linear, y, None)
-        self._add_norm(x, partial if self._ranks is None else self._ranks.sum(partial), norm, normed)
+        if few:
+            self._skinny.send(linear, y, peers.sink(place))
+        else:
+            torch.mm(y, linear.weight.t(), out=peers.rows(len(x)))
+        peers.add_norm(place, x, norm.gain, norm.eps, normed, sends=not few, pdl=self._pdl)
 
     def _attend(self, index: int, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""
@@ -270,7 +270,7 @@ class FusedDecoder:
         if peers is not None and len(x) <= peers.max_rows:
             rows, inside = embed.find(inputs.token_ids)
             torch.where(inside, rows, x, out=peers.rows(len(x)))
-            peers.add_norm(Place.EMBEDDING, x, norm.gain, norm.eps, normed, pdl=self._pdl)
+            peers.add_norm(Place.EMBEDDING, x, norm.gain, norm.eps, normed, sends=True, pdl=self._pdl)
         else:
             self._add_norm(x, embed(inputs.token_ids), norm, normed)
         return x, normed

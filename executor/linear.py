@@ -20,6 +20,7 @@ from triton import AsyncCompileMode
 from executor.layer_launch import LayerLaunch
 from executor.linear_kernels import linear_kernel
 from executor.measured import cache_path, read_choices, settle_choices
+from executor.peers import Sink
 
 _CUDA: Final[Any] = torch.cuda  # untyped in part
 
@@ -29,6 +30,7 @@ _PROGRAMS: Final = 96  # fewer programs cannot draw the memory's full bandwidth
 _SHARED_BYTES: Final = 200 << 10  # of one multiprocessor, with room for what the compiler adds
 _MAX_SPLITS: Final = 32
 _ROUNDS: Final = 5
+_NOWHERE: Final = (None, None, 0, 0)  # no `Sink`
 # (output features, input features, multiple of the programs needed, one program a multiprocessor) worth measuring.
 _CUTS: Final = (
     (64, 128, 1, False),
@@ -160,13 +162,16 @@ class SkinnyLinears:
         """A new step."""
         self._kernel.begin()
 
-    def __call__(self, linear: Linear, x: torch.Tensor | Scaled, out: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, linear: Linear, x: torch.Tensor | Scaled) -> torch.Tensor:
         """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated."""
         value = x.value if isinstance(x, Scaled) else x
-        if out is None:
-            out = value.new_empty(len(value), linear.n)
+        out = value.new_empty(len(value), linear.n)
         self._launch(linear, x, self._tile(linear, len(value)), out=out)
         return out
+
+    def send(self, linear: Linear, x: torch.Tensor, sink: Sink) -> None:
+        """x @ weight.T, written to where all ranks look for it."""
+        self._launch(linear, x, self._tile(linear, len(x)), sink=sink)
 
     def add(
         self, linear: Linear, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float
@@ -191,12 +196,13 @@ class SkinnyLinears:
         x: torch.Tensor | Scaled,
         tile: Tile,
         *,
-        out: torch.Tensor,
+        out: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
         scaled: Scaled | None = None,
+        sink: Sink | None = None,
     ) -> None:
-        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled)
+        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink)
         self._kernel((linear.n // tile.block_n * tile.splits, 1, 1), arguments, options)
 
     def _arguments(
@@ -204,10 +210,11 @@ class SkinnyLinears:
         linear: Linear,
         x: torch.Tensor | Scaled,
         tile: Tile,
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-        gain: torch.Tensor | None,
-        scaled: Scaled | None,
+        out: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        scaled: Scaled | None = None,
+        sink: Sink | None = None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value, square, eps = (x.value, x.square, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
         parts = 0 if square is None else len(square)
@@ -224,12 +231,14 @@ class SkinnyLinears:
             None if scaled is None else scaled.square,
             self._partial,
             self._arrived,
+            *(_NOWHERE if sink is None else (sink.addresses, sink.turns, sink.turns_at, sink.place)),
             rows,
             value.stride(0),
             eps,
         )
         shape = Shape(linear.n, linear.k, linear.gated, block_m(rows))
-        options = _options(shape, tile, parts, linear.bias is not None, residual is not None, self.pdl)
+        ranks = 0 if sink is None else len(sink.addresses)
+        options = _options(shape, tile, parts, linear.bias is not None, residual is not None, ranks, self.pdl)
         return arguments, options
 
     def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[Shape]], Iterator[Shape]]) -> None:
@@ -264,7 +273,7 @@ class SkinnyLinears:
         options = candidates(shape)
         with AsyncCompileMode(pool, ignore_errors=True):
             for tile in options:
-                arguments, constants = self._arguments(linears[0], x, tile, out, None, None, None)
+                arguments, constants = self._arguments(linears[0], x, tile, out)
                 linear_kernel.warmup(*arguments, grid=(1,), **constants)
 
         def seconds(tile: Tile) -> float:
@@ -286,7 +295,9 @@ def _shapes(linears: Sequence[Linear]) -> list[Shape]:
 
 
 @cache
-def _options(shape: Shape, tile: Tile, parts: int, has_bias: bool, has_residual: bool, pdl: bool) -> dict[str, Any]:
+def _options(
+    shape: Shape, tile: Tile, parts: int, has_bias: bool, has_residual: bool, ranks: int, pdl: bool
+) -> dict[str, Any]:
     return {
         "n": shape.n,
         "k": shape.k,
@@ -300,6 +311,7 @@ def _options(shape: Shape, tile: Tile, parts: int, has_bias: bool, has_residual:
         "gated": shape.gated,
         "has_bias": has_bias,
         "has_residual": has_residual,
+        "ranks": ranks,
         "prefetch": tile.prefetch,
         "pdl": pdl,
         "num_warps": tile.warps,

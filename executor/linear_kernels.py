@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from executor.peer_kernels import send_tile
+
 
 @triton.jit
 def _prefetch(pointer):
@@ -50,7 +52,7 @@ def _product(
     return acc, up
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "turns_at", "sent_to"])
 def linear_kernel(
     x,  # [rows, k]
     weight,  # [n, k], or [2 n, k] if gated: gate features, then up features
@@ -63,6 +65,10 @@ def linear_kernel(
     square_out,  # float32 [tiles, rows]
     partial,  # float32 [tiles, splits, 1 or 2 if gated, block_n, block_m]
     counter,  # int32 [tiles], zero before and after
+    addresses,  # int64 [ranks], turns, turns_at, sent_to: where `send_tile` writes, if there are `ranks`
+    turns,
+    turns_at,
+    sent_to,
     rows,
     x_row,
     eps,
@@ -78,6 +84,7 @@ def linear_kernel(
     gated: tl.constexpr,
     has_bias: tl.constexpr,
     has_residual: tl.constexpr,
+    ranks: tl.constexpr,  # 0: the result is stored in `out`
     prefetch: tl.constexpr,  # input features of each weight row to ask for before the input is there
     pdl: tl.constexpr,
 ):
@@ -155,5 +162,8 @@ def linear_kernel(
             y = y.to(tl.float32)
             tl.store(scaled_out + place, (y * gains.to(tl.float32)[:, None]).to(kind), mask=inside)
             tl.store(square_out + tile * rows + lane_m, tl.sum(y * y, 0), mask=in_rows)
+        elif ranks > 0:
+            y = acc.to(x.dtype.element_ty)
+            send_tile(y, rows, first_n, addresses, turns, turns_at, sent_to, n, block_m, block_n, ranks)
         else:
             tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""Triton kernel that sums rows over the GPUs of one host on its way to the next norm, each writing to the others.
+"""Triton kernels of what the GPUs of one host tell each other: rows to be summed on their way to the next norm.
 
-Launched by `executor.peers` only. A program owns one row on every rank: it sends the row to the same program of each
-peer and adds up all of them in the order of the ranks, so every rank gets the same bits. A row travels in words of
-eight bytes, half of them numbers and half the turn: a word arrives as a whole, so whoever sees the turn in all of them
-has the row, and nothing else need be told or asked for.
+Launched by `executor.peers`; `send_tile` is the end of a product in `executor.linear_kernels`. Every rank writes its
+rows into the memory of all, its own included, and adds up what it finds in the order of the ranks, so every rank gets
+the same bits. A row travels in words of eight bytes, half of them numbers and half the turn: a word arrives as a whole,
+so whoever sees the turn in all of them has the row, and nothing else need be told or asked for.
 """
 
 import triton
@@ -24,6 +24,41 @@ def _numbers(half, kind: tl.constexpr):
     return numbers
 
 
+@triton.jit
+def _message(half, turn):
+    """Words of the numbers in int32 `half`."""
+    return (half.to(tl.int64) & 0xFFFFFFFF) | (turn.to(tl.int64) << 32)
+
+
+@triton.jit
+def _words(addresses, rank, place):
+    """Where the words at `place`, in bytes, of a rank's memory are."""
+    return tl.multiple_of((tl.load(addresses + rank) + place).to(tl.pointer_type(tl.int64)), 16)
+
+
+@triton.jit
+def send_tile(
+    y, rows, first_n, addresses, turns, turns_at, place,
+    width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """Write y [block_n, block_m], features from `first_n` on of rows, to where all ranks look for this one's rows."""
+    in_word: tl.constexpr = 32 // y.dtype.primitive_bitwidth
+    if in_word == 1:
+        half = tl.trans(y).to(tl.int32, bitcast=True)
+    else:
+        low, high = tl.split(tl.reshape(tl.trans(y), [block_m, block_n // 2, 2]))
+        low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
+        half = (low & 0xFFFF) | (high << 16)
+    row = tl.arange(0, block_m)
+    turn = tl.load(turns + turns_at + row, mask=row < rows, other=0) + 1
+    message = _message(half, turn[:, None])
+    word = first_n // in_word + tl.arange(0, block_n // in_word)
+    at = row[:, None] * (width // in_word) + word[None, :]
+    inside = tl.broadcast_to((row < rows)[:, None], at.shape)
+    for peer in tl.static_range(size):
+        tl.store(_words(addresses, peer, place) + at, message, mask=inside)
+
+
 @triton.jit(do_not_specialize=["words_at", "turns_at", "patience"])
 def sum_norm_kernel(
     addresses,  # int64 [size]: the memory of each rank, its own one included
@@ -41,11 +76,13 @@ def sum_norm_kernel(
     size: tl.constexpr,
     width: tl.constexpr,
     width_pad: tl.constexpr,
+    sends: tl.constexpr,  # the rows are in `partial`; else they were sent by the kernel ahead
     pdl: tl.constexpr,
 ):
     """x += sum of all ranks' partial rows; normed = x / rms(x) * gain."""
     if pdl:
-        gdc_wait()
+        if sends:
+            gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     kind: tl.constexpr = x.dtype.element_ty
@@ -53,14 +90,12 @@ def sum_norm_kernel(
     words: tl.constexpr = width // in_word
     word = tl.arange(0, width_pad // in_word)
     sent = word < words
+    at = row * words + word
     turn = tl.load(turns + turns_at + row) + 1
-    own = tl.load((partial + row * width).to(tl.pointer_type(tl.int32)) + word, mask=sent, other=0)
-    message = (own.to(tl.int64) & 0xFFFFFFFF) | (turn.to(tl.int64) << 32)
-    for peer in tl.static_range(size):
-        if peer != rank:
-            theirs = tl.load(addresses + peer) + words_at + rank * sender_bytes
-            at = tl.multiple_of(theirs.to(tl.pointer_type(tl.int64)), 16) + row * words + word
-            tl.store(at, message, mask=sent)
+    if sends:
+        own = tl.load((partial + row * width).to(tl.pointer_type(tl.int32)) + word, mask=sent, other=0)
+        for peer in tl.static_range(size):
+            tl.store(_words(addresses, peer, words_at + rank * sender_bytes) + at, _message(own, turn), mask=sent)
     lane = tl.arange(0, width_pad)
     inside = lane < width
     at_row = row * width + lane
@@ -68,16 +103,14 @@ def sum_norm_kernel(
     g = tl.load(gain + lane, mask=inside, other=0.0).to(tl.float32)
     summed = tl.zeros([width_pad], tl.float32)
     for peer in tl.static_range(size):
-        if peer == rank:
-            summed += _numbers(own, kind)
-        else:
-            mine = tl.load(addresses + rank) + words_at + peer * sender_bytes
-            at = tl.multiple_of(mine.to(tl.pointer_type(tl.int64)), 16) + row * words + word
-            found = tl.load(at, mask=sent, other=0, volatile=True)
-            looks = 0
-            while (tl.max((sent & ((found >> 32).to(tl.int32) != turn)).to(tl.int32), 0) != 0) & (looks != patience):
-                found = tl.load(at, mask=sent, other=0, volatile=True)
-                looks += 1
-            summed += _numbers(found.to(tl.int32), kind)
+        mine = _words(addresses, rank, words_at + peer * sender_bytes) + at
+        found = tl.load(mine, mask=sent, other=0, volatile=True)
+        looks = 0
+        while (tl.max((sent & ((found >> 32).to(tl.int32) != turn)).to(tl.int32), 0) != 0) & (looks != patience):
+            found = tl.load(mine, mask=sent, other=0, volatile=True)
+            looks += 1
+        summed += _numbers(found.to(tl.int32), kind)
     tl.store(turns + turns_at + row, turn)
     store_normed(total + summed, g, x + at_row, normed + at_row, inside, eps, width)
+    if pdl and not sends:
+        gdc_wait()  # the kernel behind must not begin before the one ahead has ended

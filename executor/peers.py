@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from typing import Any, Final
@@ -36,6 +37,16 @@ class Place(IntEnum):
     MLP = 2
 
 
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """Where a product writes its rows instead of to its own GPU alone: `peer_kernels.send_tile`."""
+
+    addresses: torch.Tensor  # int64 [ranks]: each rank's memory
+    turns: torch.Tensor
+    turns_at: int
+    place: int  # of this rank's words in every memory, in bytes
+
+
 class Peers:
     """This rank's end: where to write rows, and the kernel that sums all ranks' into the residual and norms it."""
 
@@ -51,21 +62,31 @@ class Peers:
         self._memory = memory
         self._kernel = LayerLaunch(sum_norm_kernel)
         self._addresses = torch.tensor(list(addresses), dtype=torch.int64, device=memory.device)
+        self._sinks = [
+            Sink(self._addresses, self._turns, place * rows, (place * self._size + rank) * self._sender_bytes)
+            for place in Place
+        ]
         self.patience = _FOR_EVER
 
     def rows(self, count: int) -> torch.Tensor:
-        """[count, width], to be written by the kernel ahead of `add_norm`."""
+        """[count, width], to be written by the kernel ahead of `add_norm`, which sends them."""
         return self._partial[:count]
 
+    def sink(self, place: Place) -> Sink:
+        """To be written to by the product ahead of `add_norm`, in place of `rows`."""
+        return self._sinks[place]
+
     def add_norm(
-        self, place: Place, x: torch.Tensor, gain: torch.Tensor, eps: float, normed: torch.Tensor, pdl: bool
-    ) -> None:
-        """x [rows, width] += the sum of every rank's `rows`; normed = x / rms(x) * gain."""
+        self, place: Place, x: torch.Tensor, gain: torch.Tensor, eps: float, normed: torch.Tensor, *, sends: bool,
+        pdl: bool,
+    ) -> None:  # fmt: skip
+        """x [rows, width] += the sum of every rank's `rows`; normed = x / rms(x) * gain. `sends`: they are not in the
+        place's `sink` yet."""
         arguments = (
             self._addresses, self._partial, self._turns, x, gain, normed, eps, place * self.max_rows,
             place * self._size * self._sender_bytes, self._sender_bytes, self.patience,
         )  # fmt: skip
-        self._kernel((len(x), 1, 1), arguments, _options(self._rank, self._size, self._width, pdl))
+        self._kernel((len(x), 1, 1), arguments, _options(self._rank, self._size, self._width, sends, pdl))
 
     def begin(self) -> None:
         """A new step."""
@@ -73,12 +94,13 @@ class Peers:
 
 
 @cache
-def _options(rank: int, size: int, width: int, pdl: bool) -> dict[str, Any]:
+def _options(rank: int, size: int, width: int, sends: bool, pdl: bool) -> dict[str, Any]:
     return {
         "rank": rank,
         "size": size,
         "width": width,
         "width_pad": triton.next_power_of_2(width),
+        "sends": sends,
         "pdl": pdl,
         "num_warps": 8 if width <= 2048 else 16,
         "launch_pdl": pdl,
@@ -140,7 +162,7 @@ def prove(peers: Peers, ranks: Ranks, patience: int = _PATIENCE) -> str:
             expected = ranks.sum(rows.to(torch.float32, copy=True))
             x = torch.zeros_like(rows)
             normed = torch.empty_like(rows)
-            peers.add_norm(place, x, torch.ones_like(rows[0]), 1e-6, normed, pdl=False)
+            peers.add_norm(place, x, torch.ones_like(rows[0]), 1e-6, normed, sends=True, pdl=False)
             root = expected.square().mean(1, keepdim=True).sqrt()
             for ours, theirs in ((x, expected), (normed, expected / root)):
                 difference = ((ours.float() - theirs).norm() / theirs.norm()).item()
@@ -154,6 +176,7 @@ def _compile(peers: Peers, ranks: Ranks) -> None:
     """Run the kernel once without waiting for anyone, so that no rank waits while another one compiles."""
     x = torch.zeros_like(peers.rows(1))
     peers.patience = 0
-    peers.add_norm(Place.EMBEDDING, x, x[0], 1e-6, torch.empty_like(x), pdl=False)
-    x.sum().item()  # waits for the kernel
+    for sends in (True, False):
+        peers.add_norm(Place.EMBEDDING, x, x[0], 1e-6, torch.empty_like(x), sends=sends, pdl=False)
+    x.sum().item()  # waits for the kernels
     ranks.agree(True)

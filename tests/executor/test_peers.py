@@ -43,6 +43,43 @@ def test_a_rank_sums_what_it_has_with_what_it_was_sent(width: int, dtype: torch.
         assert torch.equal(got[1], again[1]), "ranks disagree"
 
 
+@pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="on a GPU"))])
+def test_products_are_sent_and_summed(pdl: bool) -> None:
+    from executor.linear import Linear, SkinnyLinears, has_pdl
+    from executor.peers import Peers, Place, bytes_of
+
+    # The interpreter's products know no bfloat16.
+    dtype, width, inner = torch.bfloat16 if ON_GPU else torch.float32, 128, 256
+    if pdl and not has_pdl(torch.device(DEVICE)):
+        pytest.skip("needs programmatic dependent launch")
+    size = bytes_of(ROWS, width, dtype, 2)
+    memories = [torch.full((size,), 0, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    addresses = [memory.data_ptr() for memory in memories]
+    ranks = [Peers(i, memories[i], addresses, rows=ROWS, width=width, dtype=dtype) for i in range(2)]
+    linears = [Linear((torch.randn(width, inner, device=DEVICE) / inner**0.5).to(dtype)) for _ in ranks]
+    skinny = SkinnyLinears(linears, torch.device(DEVICE))
+    skinny.pdl = pdl
+    for turn, place in enumerate((*Place, *Place, *Place)):
+        rows = 1 + turn % ROWS
+        inputs = torch.randn(2, rows, inner, device=DEVICE).to(dtype)
+        x, gain = torch.randn(rows, width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE).to(dtype)
+        for peers, linear, y in zip(ranks, linears, inputs, strict=True):
+            skinny.send(linear, y, peers.sink(place))
+        got = []
+        for peers in ranks:
+            summed, normed = x.clone(), torch.full_like(x, torch.nan)
+            peers.add_norm(place, summed, gain, EPS, normed, sends=False, pdl=pdl)
+            got.append((summed, normed))
+        total = x.double() + sum(
+            y.double() @ linear.weight.double().T for linear, y in zip(linears, inputs, strict=True)
+        )
+        want = total * torch.rsqrt(total.square().mean(1, keepdim=True) + EPS) * gain.double()
+        for summed, normed in got:
+            assert ((summed - total).norm() / total.norm()).item() < 8 * torch.finfo(dtype).eps
+            assert ((normed - want).norm() / want.norm()).item() < 8 * torch.finfo(dtype).eps
+        assert torch.equal(got[0][1], got[1][1]), "ranks disagree"
+
+
 def add_norm(
     peers: object, place: object, rows: torch.Tensor, x: torch.Tensor, gain: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,5 +89,5 @@ def add_norm(
     peers.rows(len(rows)).copy_(rows)
     summed = x.to(DEVICE, copy=True)
     normed = torch.full_like(summed, torch.nan)
-    peers.add_norm(place, summed, gain.to(DEVICE), EPS, normed, pdl=False)
+    peers.add_norm(place, summed, gain.to(DEVICE), EPS, normed, sends=True, pdl=False)
     return summed, normed
