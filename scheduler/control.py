@@ -55,9 +55,8 @@ class Control:
         """`epoch`: executors before it have ended. `tcp_endpoint`: where frontends of other hosts connect, if any."""
         self.state, self.wire, self.mail, self.socket = state, wire, mail, socket
         self.launcher: bytes | None = None
-        self.next_epoch = epoch  # what the launcher has told to come next, if it has not come yet
-        self.ranks: dict[int, ExecutorHello] = {}  # of the newest epoch
-        self.early: dict[int, ExecutorHello] = {}  # of a newer one, if the launcher has not told yet that it has come
+        self.epoch = epoch  # the only one that may attach: the launcher has told that those before it have ended
+        self.ranks: dict[tuple[int, int], ExecutorHello] = {}  # that are ready, by epoch and number
         self.accusation: ExecutorFaulty | None = None  # until the launcher has replaced that executor
         self.stuck_epoch = -1  # the last one reported
         self.owes_drained = False
@@ -73,14 +72,7 @@ class Control:
             case ExecutorHello():
                 self._on_rank(message)
             case ExecutorLost() if identity == self.launcher:
-                self.next_epoch = message.epoch + 1
-                if self.state.attached and message.epoch >= self.state.epoch:
-                    log.warning("executor of epoch %d lost; %d requests wait", message.epoch, len(self.state.requests))
-                    self._detach()
-                early, self.early = self.early, {}
-                for hello in early.values():
-                    if hello.epoch == self.next_epoch:
-                        self._on_rank(hello)
+                self._on_lost(message.epoch)
             case Drain():
                 self._drain(message.abort)
 
@@ -123,23 +115,24 @@ class Control:
         ranks = self.state.config.ranks
         if not 0 <= hello.rank < ranks:
             raise ProtocolError(f"rank {hello.rank} of an executor of {ranks}")
-        # An executor's word may come after the launcher's that it has ended, or after that of the next executor.
-        newer = any(other.epoch > hello.epoch for other in self.ranks.values())
-        if hello.epoch < self.next_epoch or (newer and hello.epoch != self.next_epoch):
-            return
-        if newer:
-            self.early = self.ranks
-        self.ranks = {rank: other for rank, other in self.ranks.items() if other.epoch == hello.epoch}
-        self.ranks[hello.rank] = hello
-        if self.state.attached:
-            self._detach()
-        if set(self.ranks) == set(range(ranks)):
-            self._attach(hello.epoch, min(rank.num_blocks for rank in self.ranks.values()))
+        self.ranks[hello.epoch, hello.rank] = hello
+        self._attach_if_ready()
 
-    def _attach(self, epoch: int, num_blocks: int) -> None:
-        self.accusation = None
+    def _on_lost(self, epoch: int) -> None:
+        if self.state.attached:
+            log.warning("executor of epoch %d lost; %d requests wait", epoch, len(self.state.requests))
+            self._detach()
+        self.epoch, self.accusation = epoch + 1, None
+        self.ranks = {key: hello for key, hello in self.ranks.items() if hello.epoch > epoch}
+        self._attach_if_ready()
+
+    def _attach_if_ready(self) -> None:
+        """Once all ranks of the epoch are there; what others say may overtake what the launcher says of them."""
+        blocks = [hello.num_blocks for hello in self.ranks.values() if hello.epoch == self.epoch]
+        if len(blocks) < self.state.config.ranks or self.state.attached or self.accusation is not None:
+            return
         self.wire.attach()
-        for request in self.state.executor_attached(epoch, num_blocks):
+        for request in self.state.executor_attached(self.epoch, min(blocks)):
             peer = self.mail.peers.get(request.peer)
             self.state.finish(request)
             if peer is not None:

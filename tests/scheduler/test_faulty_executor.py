@@ -14,7 +14,7 @@ from ipc.config import RING_SLOTS
 from ipc.frames import Bytes
 from ipc.results import RESULT_HEADER_BYTES, ResultWord
 from ipc.ring import RingWriter
-from ipc.schema import ExecutorFaulty, FinishReason
+from ipc.schema import PROTOCOL_VERSION, ExecutorFaulty, ExecutorHello, FinishReason
 from tests.scheduler.pipeline import tiny_config
 from tests.scheduler.simulated_gpu import VOCAB
 from tests.scheduler.test_loop import Bench, admit, receive_rows
@@ -81,6 +81,9 @@ def test_it_is_accused_again_until_it_is_replaced(bench: Bench) -> None:
     for _ in range(2):
         assert bench.launcher.receive(ExecutorFaulty).epoch == 1
         bench.loop.next_check_ns = 0
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 2, 2, 17))  # overtakes the word that the first one has ended
+    assert bench.launcher.receive(ExecutorFaulty).epoch == 1
+    assert peer.stats().waiting == 1, "what is accused is believed no more"
     bench.replace_executor(epoch=2)
     receive_rows(peer, 3)
     bench.launcher.inbox.clear()

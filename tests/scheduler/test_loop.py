@@ -104,6 +104,7 @@ class Bench:
             frontend=self.frontend,
             control=self.control,
             parent_pipe=-1,
+            epoch=1,
         )
         self.channels = channels
         self.loop = Loop(self.config, channels)
@@ -376,7 +377,7 @@ def test_a_late_hello_of_a_dead_executor_changes_nothing(bench: Bench) -> None:
     bench.replace_scheduler()
     bench.attach(epoch=2)
     peer = bench.frontend_peer()
-    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 1, 2, 17), ExecutorLost(1))
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 1, 2, 17))
     assert peer.stats().epoch == 2
     peer.send(admit(1))
     assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
@@ -385,15 +386,19 @@ def test_a_late_hello_of_a_dead_executor_changes_nothing(bench: Bench) -> None:
 def test_an_executor_that_says_hello_before_the_end_of_the_last_one_is_told_is_taken(bench: Bench) -> None:
     """Both ended at once: the next executor's word overtakes what the launcher said for, and then of, the last one."""
     bench.replace_scheduler()
-    bench.launcher.send(*(ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17) for epoch in (3, 2)), ExecutorLost(2))
-    assert [bench.launcher.receive(SchedulerReady).epoch for _ in range(3)] == [3, 2, 3]
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 3, 2, 9), ExecutorHello(PROTOCOL_VERSION, 2, 2, 17))
+    assert bench.launcher.receive(SchedulerReady) == SchedulerReady(2, 64, 64)
+    bench.launcher.send(ExecutorLost(2))
+    assert bench.launcher.receive(SchedulerReady) == SchedulerReady(3, 32, 32)
     peer = bench.frontend_peer()
     peer.send(admit(1))
     assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
     assert peer.stats().epoch == 3
 
 
-def test_executors_that_came_and_died_while_the_scheduler_slept_are_not_believed(bench: Bench) -> None:
+def test_executors_that_came_and_died_while_the_scheduler_slept_are_not_believed_once_told(
+    bench: Bench,
+) -> None:
     """What they said may be read after what the launcher said of their ends, or after the word of the next one."""
     peer = bench.frontend_peer()
     hellos = [ExecutorHello(PROTOCOL_VERSION, epoch, 2, 17) for epoch in range(4)]
@@ -401,7 +406,7 @@ def test_executors_that_came_and_died_while_the_scheduler_slept_are_not_believed
     bench.attach(epoch=4)
     peer.send(admit(1))
     assert receive_rows(peer, 3)[-1] == (1, 5, FinishReason.LENGTH)
-    assert [message.epoch for message in peer.inbox if isinstance(message, Welcome)] == [3, 4]
+    assert [message.epoch for message in peer.inbox if isinstance(message, Welcome)] == [2, 3, 4]
 
 
 def test_a_new_scheduler_knows_which_executors_have_ended(bench: Bench) -> None:
