@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,20 +14,12 @@ from ipc.frames import Bytes
 from ipc.results import RESULT_HEADER_BYTES, ResultWord
 from ipc.ring import RingWriter
 from ipc.schema import PROTOCOL_VERSION, ExecutorFaulty, ExecutorHello, FinishReason
+from tests.scheduler.bench import Bench, admit, receive_rows
 from tests.scheduler.pipeline import tiny_config
 from tests.scheduler.simulated_gpu import VOCAB
-from tests.scheduler.test_loop import Bench, admit, receive_rows
 
 Damage = Callable[[RingWriter, int, Bytes], None]
 LAYOUT = tiny_config().result_layout
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
-    made.attach()
-    yield made
-    made.close()
 
 
 def word(name: ResultWord, value: int, ring: RingWriter, seq: int, result: Bytes) -> None:

@@ -47,8 +47,8 @@ from ipc.schema import (
 )
 from ipc.sockets import EndpointDirectory, bind_router, connect_dealer, new_identity
 from tests.frontend.scripted_scheduler import ScriptedScheduler, whole_answer
+from tests.scheduler.bench import LIMIT_MS, Bench, Peer, admit, receive_rows, rows
 from tests.scheduler.pipeline import tiny_config
-from tests.scheduler.test_loop import LIMIT_MS, Bench, Peer, admit, receive_rows, rows
 from tests.security.strategies import (
     CONTROL_MESSAGES,
     DIRECTORY_MESSAGES,
