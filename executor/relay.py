@@ -48,7 +48,7 @@ from ipc.schema import (
     decode_node,
     encode,
 )
-from ipc.sockets import connect_dealer, make_router, new_identity
+from ipc.sockets import connect_dealer, make_router, new_identity, send_to
 
 ROLE: Final = "relay"
 _SILENT_BEATS: Final = int(HEARTBEAT_LIMIT_S / HEARTBEAT_S)
@@ -228,14 +228,12 @@ class Relay:
             news(ROLE, f"waiting for node {', '.join(map(str, missing))} at {self._config.nodes_endpoint}")
 
     def _send(self, identity: bytes, message: Message) -> None:
-        try:
-            self._router.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                raise
-            node = self._nodes.pop(identity, None)
-            if node is not None and self._started and not self._stopping:
-                raise NodeLostError(f"the connection with node {node.number} is lost") from error
+        """A node that does not take it is lost."""
+        if send_to(self._router, identity, message):
+            return
+        node = self._nodes.pop(identity, None)
+        if node is not None and self._started and not self._stopping:
+            raise NodeLostError(f"the connection with node {node.number} is lost")
 
 
 def run(config: EngineConfig, channels: RelayChannels) -> int:

@@ -34,7 +34,7 @@ from ipc.schema import (
     decode_directory,
     encode,
 )
-from ipc.sockets import bind_router, connect_dealer, new_identity
+from ipc.sockets import bind_router, connect_dealer, new_identity, send_to
 
 _SILENT_BEATS: Final = math.ceil(HEARTBEAT_LIMIT_S / HEARTBEAT_S)  # then a peer is taken for gone
 _MESSAGES_PER_TURN: Final = 100
@@ -178,11 +178,7 @@ class Directory:
 
     def _send(self, identity: bytes, message: Message) -> None:
         """What a peer does not take now it gets with its next heartbeat, and one that is gone is silent from now on."""
-        try:
-            self._router.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                raise
+        send_to(self._router, identity, message)
 
 
 def _may_join(part: zmq.Frame) -> bool:

@@ -18,7 +18,7 @@ import zmq
 
 from ipc.auth import ClientKeys, check_endpoint, secure_client
 from ipc.errors import ConfigError
-from ipc.schema import MAX_MESSAGE_BYTES
+from ipc.schema import MAX_MESSAGE_BYTES, Message, encode
 
 _PREFIX: Final = "tandem-ipc-"
 _SOCKET: Final = re.compile(r"frontend\.sock|[rc]\d+\.sock")
@@ -36,7 +36,7 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
 
 
 def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    """ROUTER at `endpoint`; sends are non-blocking: zmq.Again past the mark, EHOSTUNREACH for an unknown peer."""
+    """ROUTER at `endpoint`, for `send_to`."""
     socket = make_router(context)
     socket.bind(endpoint)
     return socket
@@ -49,6 +49,19 @@ def make_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects keeps its identity and its requests
     return socket
+
+
+def send_to(router: zmq.Socket[bytes], identity: bytes, message: Message) -> bool | None:
+    """Without waiting: True if sent, False if the peer's socket is full, None if there is no such peer."""
+    try:
+        router.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EHOSTUNREACH:
+            raise
+        return None
+    return True
 
 
 def connect_dealer(

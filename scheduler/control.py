@@ -28,8 +28,8 @@ from ipc.schema import (
     Paused,
     Rejected,
     SchedulerReady,
-    encode,
 )
+from ipc.sockets import send_to
 from scheduler.mail import Mail
 from scheduler.state import SchedulerState
 from scheduler.wire import Wire
@@ -93,13 +93,7 @@ class Control:
 
     def tell(self, message: Message) -> bool:
         """False if it was not sent: the launcher was stopped for long. Of one that is gone, the pipe tells."""
-        if self.launcher is None:
-            return False
-        try:
-            self.socket.send_multipart([self.launcher, encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
-        return True
+        return self.launcher is not None and send_to(self.socket, self.launcher, message) is True
 
     def tell_drained(self) -> None:
         """Nothing is open any more; said once, to who asked for it."""

@@ -14,7 +14,8 @@ import numpy as np
 import zmq
 
 from ipc.results import Result
-from ipc.schema import PROTOCOL_VERSION, FinishReason, Message, Welcome, encode
+from ipc.schema import PROTOCOL_VERSION, FinishReason, Message, Welcome
+from ipc.sockets import send_to
 from scheduler.outbox import MAX_BACKLOG_ROWS
 from scheduler.peers import Peer, PeerTable
 from scheduler.request import Request
@@ -114,15 +115,7 @@ class Mail:
 
     def send_to(self, identity: bytes, message: Message) -> bool | None:
         """True if sent, False if the peer's socket is full, None if there is no such peer."""
-        try:
-            self.socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return None
-        return True
+        return send_to(self.socket, identity, message)
 
     def _send(self, peer: Peer, message: Message) -> bool:
         """False if the frontend's socket is full. A frontend that is gone loses its requests."""
