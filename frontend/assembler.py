@@ -28,6 +28,7 @@ class Assembler:
         self._stop_ids = frozenset(params.stop_token_ids) - frozenset(() if params.ignore_eos else card.eos_token_ids)
         self._top, self._prompt_top = params.logprobs, params.prompt_logprobs
         self._prompt = prompt
+        self._hides_output = params.max_tokens == 0
         self._done = False
         self._text = None
         if tokenizer is not None:
@@ -50,6 +51,8 @@ class Assembler:
         finish = flight.finish
         if not ids and finish is _RUNNING:
             return None
+        if self._hides_output:
+            ids, finish = (), FinishReason.LENGTH
         text, used, found = "", len(ids), None
         if self._text is not None:
             by_token = finish is _STOP and bool(ids)

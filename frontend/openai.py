@@ -204,6 +204,8 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, float] 
     _refuse_unsupported(request)
     if request.suffix:
         raise InvalidParameterError("suffix is not supported", param="suffix")
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidParameterError("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
     values = {**defaults, "max_tokens": DEFAULT_MAX_TOKENS, "logprobs": request.logprobs} | _common_params(request)
     if request.echo and request.logprobs is not None:
         values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
@@ -228,6 +230,8 @@ def chat_params(
         values["max_tokens"] = request.max_completion_tokens
     values["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
     with chat_names(request):
+        if values.get("max_tokens") == 0:
+            raise InvalidParameterError("max_tokens must be at least 1, got 0", param="max_tokens")
         return GenerateParams(**values)
 
 

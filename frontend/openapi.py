@@ -57,6 +57,7 @@ def make_document() -> dict[str, Any]:
     components["Error"] = _ERROR_SCHEMA
     for kind in (CompletionRequest, ChatRequest):
         _bound(components[kind.__name__]["properties"])
+    next(_options(components["ChatRequest"]["properties"]["max_tokens"]))["minimum"] = 1  # 0 needs an echo
     completion, chat, tokenize, detokenize, completion_choice, chat_choice, usage = schemas
     components["CompletionRequest"]["properties"]["prompt"] = _PROMPT
     components["ChatRequest"]["properties"]["messages"]["minItems"] = 1

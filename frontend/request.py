@@ -57,7 +57,7 @@ class Range:
 
 
 RANGES: Final[Mapping[str, Range]] = {
-    "max_tokens": Range(Integral, 1, _INT32_MAX, optional=True),
+    "max_tokens": Range(Integral, 0, _INT32_MAX, optional=True),
     "min_tokens": Range(Integral, 0, _INT32_MAX),
     "temperature": Range(Real, 0.0, 100.0),
     "top_k": Range(Integral, -1, _INT32_MAX),
@@ -83,7 +83,7 @@ class GenerateParams:
     The scale of each field is that of the OpenAI API and vLLM. What depends on the model is checked by `prepare`.
     """
 
-    max_tokens: int | None = None  # None: up to the context limit
+    max_tokens: int | None = None  # None: up to the context limit; 0: the prompt is only read, and scored if asked
     min_tokens: int = 0  # no end of sequence, stop id or stop string before this many tokens
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # 0 and -1 = off
@@ -223,7 +223,8 @@ def prepare(params: GenerateParams, card: ModelCard, prompt_tokens: int) -> list
     does not have.
     """
     room = card.max_model_len - prompt_tokens
-    wanted = 1 if params.max_tokens is None else int(params.max_tokens)
+    # A step samples after every prompt, so the engine knows no request for 0; the Assembler hides that token.
+    wanted = 1 if params.max_tokens is None else max(1, int(params.max_tokens))
     if wanted > room:
         raise ContextLengthError(
             f"maximum context length is {card.max_model_len} tokens; you requested {prompt_tokens + wanted} "

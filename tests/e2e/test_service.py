@@ -116,19 +116,25 @@ def test_usage_is_streamed_only_when_asked_for(sdk: openai.OpenAI) -> None:
 def test_prompt_logprobs_are_those_of_transformers(sdk: openai.OpenAI) -> None:
     """As an evaluation harness asks for them; 300 tokens take several steps, the second request meets a warm cache."""
     prompts = [documents()[:300], documents()[5000:5020]]
-    for _ in range(2):
-        answer = complete(sdk, prompts, max_tokens=1, echo=True, logprobs=3)
+    for max_tokens in (1, 0):
+        answer = complete(sdk, prompts, max_tokens=max_tokens, echo=True, logprobs=3)
+        assert answer.usage.completion_tokens == 2 * max_tokens
         for prompt, choice in zip(prompts, answer.choices, strict=True):
             with torch.inference_mode():
                 logits = reference_model()(torch.tensor([prompt])).logits[0]
             expected = torch.log_softmax(logits, dim=-1)
+            assert len(choice.logprobs.tokens) == len(prompt) + max_tokens
             first, *values = choice.logprobs.token_logprobs
             assert first is None
             of_prompt = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(values[:-1]), of_prompt, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(torch.tensor(values[: len(prompt) - 1]), of_prompt, atol=1e-3, rtol=1e-3)
             best = [max(top.values()) for top in choice.logprobs.top_logprobs[1:]]
-            torch.testing.assert_close(torch.tensor(best), expected.max(dim=1).values, atol=1e-3, rtol=1e-3)
-            assert "".join(choice.logprobs.tokens[:-1]) == tokenizer().decode(prompt, skip_special_tokens=False)
+            torch.testing.assert_close(
+                torch.tensor(best), expected.max(dim=1).values[: len(best)], atol=1e-3, rtol=1e-3
+            )
+            text = tokenizer().decode(prompt, skip_special_tokens=False)
+            assert "".join(choice.logprobs.tokens[: len(prompt)]) == text
+            assert choice.text == text if max_tokens == 0 else choice.text.startswith(text)
 
 
 def test_choices_differ_and_seeds_repeat(sdk: openai.OpenAI) -> None:

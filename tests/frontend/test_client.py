@@ -115,6 +115,17 @@ def test_generate_gives_text_tokens_and_counts(tokenizer: Tokenizer) -> None:
     with_client(script, body)
 
 
+def test_of_max_tokens_0_nothing_is_shown_whatever_the_engine_sampled() -> None:
+    async def body(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
+        completion = await client.generate("say it", max_tokens=0, stop="x")
+        (chunk,) = await collect(client.stream("say it", max_tokens=0))
+        assert (completion.completion_tokens, completion.text, chunk.text, chunk.token_ids) == (0, "", "", ())
+        assert completion.choices[0].finish_reason == chunk.finish_reason == "length"
+        assert [scheduler.expect(Admit).params.max_tokens for _ in range(2)] == [1, 1]
+
+    with_client(answer("x", FinishReason.STOP), body)
+
+
 def test_max_tokens_defaults_to_the_room_in_the_context() -> None:
     async def body(scheduler: ScriptedScheduler, client: AsyncClient) -> None:
         await client.generate([1, 2, 3])
@@ -399,7 +410,8 @@ def test_a_request_at_fault_sends_nothing_and_harms_nothing() -> None:
             ("\ud800", {}, InvalidParameterError, "surrogate"),
             ([1] * 513, {}, ContextLengthError, r"length is 512 tokens; you requested 514 \(513 prompt \+ 1 comp"),
             ([1] * 500, {"max_tokens": 13}, ContextLengthError, r"requested 513 \(500 prompt \+ 13 completion\)"),
-            ("a", {"max_tokens": 0}, InvalidParameterError, "max_tokens"),
+            ("a", {"max_tokens": -1}, InvalidParameterError, "max_tokens"),
+            ([1] * 512, {"max_tokens": 0}, ContextLengthError, r"you requested 513 \(512 prompt \+ 1 completion\)"),
             ("a", {"temprature": 0}, InvalidParameterError, "unknown parameter 'temprature'"),
             ("a", {"logprobs": 21}, InvalidParameterError, "at most 20"),
         ]:

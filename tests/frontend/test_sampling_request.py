@@ -20,8 +20,7 @@ CARD = card(max_model_len=100, vocab_size=50, max_logprobs=5)
 NAN, INF = float("nan"), float("inf")
 
 BAD = [
-    ("max_tokens", 0, "at least 1, got 0"),
-    ("max_tokens", -5, "got -5"),
+    ("max_tokens", -5, "at least 0, got -5"),
     ("max_tokens", 1.5, "an integer"),
     ("max_tokens", True, "got True"),
     ("max_tokens", "10", "got '10'"),

@@ -151,23 +151,29 @@ def test_logprobs_of_both_apis(http: httpx.Client) -> None:
         assert len(entry["top_logprobs"]) == 2
 
 
+@pytest.mark.parametrize("max_tokens", [3, 0])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echo_has_the_logprobs_of_the_prompt(http: httpx.Client, stream: bool) -> None:
+def test_an_echo_has_the_logprobs_of_the_prompt(http: httpx.Client, stream: bool, max_tokens: int) -> None:
     """In the fake engine they are all 0; a prompt of 400 tokens takes several steps."""
     ids = [*byte_level_tokenizer().encode("the end"), *range(3, 400)]
-    body = {"prompt": [ids, ids[:1]], "max_tokens": 3, "echo": True, "logprobs": 1, "seed": 1, "stream": stream}
-    response = http.post("/v1/completions", json=body)
+    body = {"prompt": [ids, ids[:1]], "max_tokens": max_tokens, "echo": True, "logprobs": 1, "seed": 1}
+    response = http.post(
+        "/v1/completions", json={**body, "stream": stream, "stream_options": {"include_usage": stream}}
+    )
     parts = events(response.text)[:-1] if stream else [response.json()]
-    for index, prompt in enumerate(body["prompt"]):
+    assert parts[-1]["usage"]["completion_tokens"] == 2 * max_tokens
+    for index, prompt in enumerate((ids, ids[:1])):
         choices = [choice for part in parts for choice in part["choices"] if choice["index"] == index]
         text = "".join(choice["text"] for choice in choices)
         tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
         values = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
-        assert text.startswith(byte_level_tokenizer().decode(prompt, skip_special_tokens=False))
-        assert values == [None] + [0.0] * (len(prompt) + 2)
+        echo = byte_level_tokenizer().decode(prompt, skip_special_tokens=False)
+        assert text == echo if max_tokens == 0 else text.startswith(echo)
+        assert values == [None] + [0.0] * (len(prompt) - 1 + max_tokens)
+        assert choices[-1]["finish_reason"] == "length"
         assert tokens[: len(prompt)] == [byte_level_tokenizer().token_text(token) for token in prompt]
         assert choices[0]["logprobs"]["top_logprobs"][0] is None
-        assert choices[0]["logprobs"]["text_offset"][:2] == [0, len(tokens[0])]
+        assert choices[0]["logprobs"]["text_offset"][:2] == [0, len(tokens[0])][: len(tokens)]
 
 
 def test_prompt_logprobs_as_vllm_writes_them(http: httpx.Client) -> None:
