@@ -80,7 +80,8 @@ class _NewsHandler(logging.Handler):
             line = _Json(role).format(record)
         else:
             line = f"{role}: {'error: ' if record.levelno >= logging.ERROR else ''}{text}"
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(line + "\n")  # at once: print would let another process write between line and line break
+        sys.stderr.flush()
 
 
 _news_handler: Final = _NewsHandler()
