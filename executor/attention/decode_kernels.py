@@ -12,6 +12,12 @@ from executor.attention.heads import finite, load_turned
 from executor.attention.kernels import LOG2E, NEVER, capped, load_lanes
 
 
+@triton.jit
+def _has_rest(span, chunk, row, rows):
+    """Whether chunks leave something of a row. A row without keys is one empty item, which writes its zeros."""
+    return (span % chunk != 0) | ((span == 0) & (row < rows))
+
+
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def split_kernel(
     kv_len,  # [rows]
@@ -30,10 +36,11 @@ def split_kernel(
     min_chunk: tl.constexpr,
     overhead: tl.constexpr,
 ):
-    """Cut the rows of a step into work items of one chunk each, the longest first. One program.
+    """Cut the rows of a step into work items of one chunk each, the longest first.
 
     The chunk is the one of a few candidates with the shortest estimated makespan on `slots` programs that share the
-    bandwidth. An item costs its tokens plus `overhead`; the last program runs faster, with the others' share.
+    bandwidth. An item costs its tokens plus `overhead`; the last program runs faster, with the others' share. Every
+    program finds the same chunk and places the remainders of `rank_block` rows; the first one does all else.
     """
     row = tl.arange(0, rows_pad)
     span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
@@ -52,32 +59,33 @@ def split_kernel(
     cost = tl.where((items <= capacity) | (i == 0), cost, 2147483647)
     chunk = tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
     whole = span // chunk
-    # A row without keys is one empty item, which writes its zeros.
-    left = span % chunk
-    rest = ((left != 0) | ((span == 0) & (row < rows))).to(tl.int32)
     wholes = tl.sum(whole, 0)
-    whole_first = tl.cumsum(whole, 0) - whole
+    if tl.program_id(0) == 0:
+        splits = whole + _has_rest(span, chunk, row, rows).to(tl.int32)
+        whole_first = tl.cumsum(whole, 0) - whole
+        tl.store(row_splits + row, splits, mask=row < rows)
+        tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
+        for i in range(0, tl.max(whole, 0)):
+            tl.store(item_row + whole_first + i, row, mask=i < whole)
+            tl.store(item_split + whole_first + i, i + tl.zeros_like(row), mask=i < whole)
+        tl.store(header, tl.sum(splits, 0))
+        tl.store(header + 1, chunk)
     # The longest remainders start first, so that those which end last are short.
-    rest_first = wholes + tl.zeros_like(row)
+    own = tl.program_id(0) * rank_block + tl.arange(0, rank_block)
+    own_span = tl.minimum(tl.load(kv_len + own, mask=own < rows, other=0), window)
+    left = own_span % chunk
+    place = wholes + tl.zeros_like(own)
     for start in range(0, rows, rank_block):
         other = start + tl.arange(0, rank_block)
         other_span = tl.minimum(tl.load(kv_len + other, mask=other < rows, other=0), window)
         other_left = other_span % chunk
-        other_rest = (other_left != 0) | ((other_span == 0) & (other < rows))
         longer = (other_left[None, :] > left[:, None]) | (
-            (other_left[None, :] == left[:, None]) & (other[None, :] < row[:, None])
+            (other_left[None, :] == left[:, None]) & (other[None, :] < own[:, None])
         )
-        rest_first += tl.sum((longer & other_rest[None, :]).to(tl.int32), 1)
-    splits = whole + rest
-    tl.store(row_splits + row, splits, mask=row < rows)
-    tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
-    for i in range(0, tl.max(whole, 0)):
-        tl.store(item_row + whole_first + i, row, mask=i < whole)
-        tl.store(item_split + whole_first + i, i + tl.zeros_like(row), mask=i < whole)
-    tl.store(item_row + rest_first, row, mask=rest > 0)
-    tl.store(item_split + rest_first, whole, mask=rest > 0)
-    tl.store(header, tl.sum(splits, 0))
-    tl.store(header + 1, chunk)
+        place += tl.sum((longer & _has_rest(other_span, chunk, other, rows)[None, :]).to(tl.int32), 1)
+    rest = _has_rest(own_span, chunk, own, rows)
+    tl.store(item_row + place, own, mask=rest)
+    tl.store(item_split + place, own_span // chunk, mask=rest)
 
 
 @triton.jit

@@ -77,7 +77,7 @@ class WorkList:
     def fill(self, kv_len: torch.Tensor, rows: int) -> None:
         """Cut the first `rows` of `kv_len`, int32 [rows]."""
         assert rows <= self._max_rows, f"{rows} decode rows, the work list was made for {self._max_rows}"
-        split_kernel[(1,)](
+        split_kernel[(-(-rows // _FEW_ROWS),)](
             kv_len,
             self.item_row,
             self.item_split,
