@@ -25,29 +25,14 @@ import ipc
 from ipc.auth import REPLICA_KEYS, Gatekeeper, name_of_key
 from ipc.clock import now_s
 from ipc.config import EngineConfig, RelayChannels, read_start
+from ipc.control import ExecutorHello, NodeHello, PlanAck, PlanFrame, RanksLost, StartRanks, decode_node
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, ProtocolError, TandemError
 from ipc.frames import PlanWord
 from ipc.lifetime import enter_process, fail
 from ipc.logs import configure_news, news
 from ipc.ring import RingReader
-from ipc.schema import (
-    HEARTBEAT_LIMIT_S,
-    HEARTBEAT_S,
-    PROTOCOL_VERSION,
-    ExecutorHello,
-    Goodbye,
-    Heartbeat,
-    Message,
-    NodeHello,
-    PlanAck,
-    PlanFrame,
-    RanksLost,
-    Rejected,
-    StartRanks,
-    decode_node,
-    encode,
-)
+from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, PROTOCOL_VERSION, Goodbye, Heartbeat, Message, Rejected, encode
 from ipc.sockets import connect_dealer, make_router, new_identity, send_to
 
 ROLE: Final = "relay"

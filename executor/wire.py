@@ -14,11 +14,12 @@ import numpy as np
 import zmq
 
 from ipc.config import ExecutorChannels
+from ipc.control import ExecutorHello
 from ipc.doorbell import Doorbell
 from ipc.frames import Bytes, PlanWord
 from ipc.results import RESULT_HEADER_BYTES
 from ipc.ring import RingReader, RingWriter
-from ipc.schema import PROTOCOL_VERSION, ExecutorHello, encode
+from ipc.schema import PROTOCOL_VERSION, encode
 from ipc.sockets import connect_dealer, new_identity
 
 

@@ -26,6 +26,16 @@ from frontend.poll_loop import PollLoop
 from frontend.replica import say
 from ipc.auth import load_client_keys
 from ipc.config import EngineConfig
+from ipc.control import (
+    ExecutorHello,
+    NodeHello,
+    PlanAck,
+    PlanFrame,
+    RanksLost,
+    StartRanks,
+    decode_control,
+    decode_relay,
+)
 from ipc.errors import ConfigError, ProtocolError
 from ipc.lifetime import fail
 from ipc.ring import RingWriter
@@ -34,18 +44,10 @@ from ipc.schema import (
     HEARTBEAT_S,
     PROTOCOL_VERSION,
     Decoder,
-    ExecutorHello,
     Goodbye,
     Heartbeat,
     Message,
-    NodeHello,
-    PlanAck,
-    PlanFrame,
-    RanksLost,
     Rejected,
-    StartRanks,
-    decode_control,
-    decode_relay,
     encode,
 )
 from ipc.sockets import bind_router, connect_dealer, new_identity

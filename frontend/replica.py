@@ -14,20 +14,10 @@ import zmq
 from frontend.plumbing import Lines
 from ipc.clock import now_s
 from ipc.config import EngineConfig
+from ipc.control import Drain, ExecutorHello, ExecutorLost, SchedulerReady, decode_launcher
 from ipc.errors import ProtocolError
 from ipc.logs import news
-from ipc.schema import (
-    PROTOCOL_VERSION,
-    Drain,
-    ExecutorHello,
-    ExecutorLost,
-    Hello,
-    Member,
-    Message,
-    SchedulerReady,
-    decode_launcher,
-    encode,
-)
+from ipc.schema import PROTOCOL_VERSION, Hello, Member, Message, encode
 from ipc.sockets import connect_dealer, new_identity
 
 

@@ -22,17 +22,8 @@ from frontend.poll_loop import PollLoop
 from frontend.replica import Replica, say
 from ipc.clock import now_s
 from ipc.config import EngineConfig
-from ipc.schema import (
-    HEARTBEAT_LIMIT_S,
-    HEARTBEAT_S,
-    Drain,
-    Drained,
-    ExecutorFaulty,
-    ExecutorStuck,
-    FrontendStuck,
-    Message,
-    SchedulerReady,
-)
+from ipc.control import Drain, Drained, ExecutorFaulty, ExecutorStuck, FrontendStuck, SchedulerReady
+from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, Message
 
 RESTART_WINDOW_S: Final = 600.0
 _ABORT_GRACE_S: Final = 2.0  # for the last frames of requests that a shutdown ends early

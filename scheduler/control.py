@@ -11,24 +11,18 @@ from typing import Any, Final
 
 import zmq
 
-from ipc.errors import ProtocolError
-from ipc.schema import (
-    PROTOCOL_VERSION,
+from ipc.control import (
     Alive,
     Drain,
     Drained,
-    Draining,
     ExecutorFaulty,
     ExecutorHello,
     ExecutorLost,
     ExecutorStuck,
-    FinishReason,
-    Hello,
-    Message,
-    Paused,
-    Rejected,
     SchedulerReady,
 )
+from ipc.errors import ProtocolError
+from ipc.schema import PROTOCOL_VERSION, Draining, FinishReason, Hello, Message, Paused, Rejected
 from ipc.sockets import send_to
 from scheduler.mail import Mail
 from scheduler.state import SchedulerState

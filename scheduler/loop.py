@@ -20,6 +20,7 @@ import zmq
 from ipc.auth import Gatekeeper
 from ipc.clock import now_ns
 from ipc.config import EngineConfig, SchedulerChannels
+from ipc.control import FrontendStuck, decode_control
 from ipc.doorbell import Doorbell
 from ipc.errors import GrammarError, ProtocolError, TandemError
 from ipc.fault import read_fault
@@ -32,7 +33,6 @@ from ipc.schema import (
     Admit,
     Draining,
     FinishReason,
-    FrontendStuck,
     GetInvariants,
     GetStats,
     Goodbye,
@@ -40,7 +40,6 @@ from ipc.schema import (
     Hello,
     Rejected,
     Stats,
-    decode_control,
     decode_frontend,
 )
 from ipc.sockets import bind_router

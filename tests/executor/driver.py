@@ -19,11 +19,11 @@ import zmq
 
 from executor.warmup import synthetic_plan
 from ipc.config import RING_SLOTS, EngineConfig, ExecutorChannels, write_start
+from ipc.control import ExecutorHello, decode_control
 from ipc.doorbell import Doorbell
 from ipc.frames import Param, Plan, PlanFlag, write_plan
 from ipc.results import Result, read_result
 from ipc.ring import RingReader, RingWriter, create_ring
-from ipc.schema import ExecutorHello, decode_control
 from ipc.sockets import bind_router
 
 READY_S = 120.0

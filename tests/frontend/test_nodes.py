@@ -24,8 +24,9 @@ from frontend.node import Session
 from frontend.plumbing import Elsewhere
 from ipc.auth import load_client_keys, make_client_keys, make_server_keys
 from ipc.config import EngineConfig
+from ipc.control import NodeHello, PlanFrame, decode_relay
 from ipc.errors import ConfigError, ProtocolError
-from ipc.schema import PROTOCOL_VERSION, Heartbeat, ModelCard, NodeHello, PlanFrame, Rejected, decode_relay, encode
+from ipc.schema import PROTOCOL_VERSION, Heartbeat, ModelCard, Rejected, encode
 from ipc.sockets import connect_dealer, new_identity
 from tests.e2e.engine import read_line, wait_until
 from tests.frontend.model_folder import tiny_model

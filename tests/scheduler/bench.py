@@ -11,6 +11,7 @@ import numpy as np
 import zmq
 
 from ipc.config import RING_SLOTS, SchedulerChannels
+from ipc.control import ExecutorHello, ExecutorLost, SchedulerReady, decode_launcher
 from ipc.doorbell import Doorbell
 from ipc.frames import Bytes, PlanFlag, read_plan
 from ipc.results import write_result_header
@@ -18,17 +19,13 @@ from ipc.ring import RingReader, RingWriter, create_ring
 from ipc.schema import (
     PROTOCOL_VERSION,
     Admit,
-    ExecutorHello,
-    ExecutorLost,
     GetStats,
     Hello,
     Message,
     SamplingParams,
-    SchedulerReady,
     Stats,
     Tokens,
     Welcome,
-    decode_launcher,
     decode_scheduler,
     encode,
     pack_tokens,

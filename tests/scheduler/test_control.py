@@ -7,23 +7,9 @@ from pathlib import Path
 import msgspec
 
 from ipc.config import RING_SLOTS
+from ipc.control import Drain, Drained, ExecutorHello, ExecutorLost, ExecutorStuck, SchedulerReady
 from ipc.ring import RingReader
-from ipc.schema import (
-    PROTOCOL_VERSION,
-    Drain,
-    Drained,
-    Draining,
-    ExecutorHello,
-    ExecutorLost,
-    ExecutorStuck,
-    FinishReason,
-    Hello,
-    Rejected,
-    SchedulerReady,
-    Welcome,
-    decode_scheduler,
-    pack_tokens,
-)
+from ipc.schema import PROTOCOL_VERSION, Draining, FinishReason, Hello, Rejected, Welcome, decode_scheduler, pack_tokens
 from tests.scheduler.bench import Bench, Peer, admit, receive_rows
 
 

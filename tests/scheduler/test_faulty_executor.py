@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from ipc.config import RING_SLOTS
+from ipc.control import ExecutorFaulty, ExecutorHello
 from ipc.frames import Bytes
 from ipc.results import RESULT_HEADER_BYTES, ResultWord
 from ipc.ring import RingWriter
-from ipc.schema import PROTOCOL_VERSION, ExecutorFaulty, ExecutorHello, FinishReason
+from ipc.schema import PROTOCOL_VERSION, FinishReason
 from tests.scheduler.bench import Bench, admit, receive_rows
 from tests.scheduler.pipeline import tiny_config
 from tests.scheduler.simulated_gpu import VOCAB

@@ -10,14 +10,13 @@ import msgspec
 import pytest
 import zmq
 
+from ipc.control import Drained, FrontendStuck
 from ipc.schema import (
     PROTOCOL_VERSION,
     Abort,
     Admit,
-    Drained,
     Draining,
     FinishReason,
-    FrontendStuck,
     GetInvariants,
     GetStats,
     Goodbye,

@@ -10,15 +10,21 @@ import msgspec
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
-from ipc.schema import (
-    PROTOCOL_VERSION,
-    Abort,
-    Admit,
+from ipc.control import (
     ExecutorFaulty,
     ExecutorHello,
     ExecutorLost,
     ExecutorStuck,
     FrontendStuck,
+    NodeHello,
+    PlanAck,
+    RanksLost,
+    SchedulerReady,
+)
+from ipc.schema import (
+    PROTOCOL_VERSION,
+    Abort,
+    Admit,
     GetStats,
     Goodbye,
     Heartbeat,
@@ -26,11 +32,7 @@ from ipc.schema import (
     Join,
     Member,
     Message,
-    NodeHello,
-    PlanAck,
-    RanksLost,
     SamplingParams,
-    SchedulerReady,
     encode,
     pack_tokens,
 )

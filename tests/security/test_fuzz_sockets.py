@@ -23,6 +23,7 @@ from frontend.replica import Replica
 from frontend.supervisor import Supervisor
 from ipc.auth import make_server_keys
 from ipc.config import RING_SLOTS, RelayChannels
+from ipc.control import ExecutorHello, ExecutorLost, NodeHello, SchedulerReady, decode_node
 from ipc.errors import ProtocolError, TandemError
 from ipc.frames import Bytes, read_plan
 from ipc.results import RESULT_HEADER_BYTES, ResultLayout, ResultWord, read_result
@@ -30,18 +31,13 @@ from ipc.ring import Ring, RingReader, RingWriter, create_ring
 from ipc.schema import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
-    ExecutorHello,
-    ExecutorLost,
     FinishReason,
     Goodbye,
     Hello,
     Member,
     Members,
-    NodeHello,
-    SchedulerReady,
     Tokens,
     Welcome,
-    decode_node,
     decode_scheduler,
     encode,
 )
