@@ -65,9 +65,9 @@ def split_kernel(
         whole_first = tl.cumsum(whole, 0) - whole
         tl.store(row_splits + row, splits, mask=row < rows)
         tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
-        for i in range(0, tl.max(whole, 0)):
-            tl.store(item_row + whole_first + i, row, mask=i < whole)
-            tl.store(item_split + whole_first + i, i + tl.zeros_like(row), mask=i < whole)
+        for piece in range(0, tl.max(whole, 0)):
+            tl.store(item_row + whole_first + piece, row, mask=piece < whole)
+            tl.store(item_split + whole_first + piece, piece + tl.zeros_like(row), mask=piece < whole)
         tl.store(header, tl.sum(splits, 0))
         tl.store(header + 1, chunk)
     # The longest remainders start first, so that those which end last are short.
