@@ -6,16 +6,13 @@ Owned by a Session. Must never touch a socket, and never decode text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
-from frontend.inflight import Flight, LogprobRow, Turns, column, finish_reason, logprob_rows
+from frontend.inflight import Flight, Home, LogprobRow, Turns, column, finish_reason, logprob_rows
 from ipc.errors import ProtocolError, TandemError
 from ipc.schema import FinishReason, Tokens
-
-if TYPE_CHECKING:
-    from frontend.session import Session
 
 _RUNNING: Final = int(FinishReason.RUNNING)
 _LENGTH: Final = int(FinishReason.LENGTH)
@@ -38,7 +35,7 @@ class Flights:
     def __contains__(self, flight: Flight) -> bool:
         return self._open.get(flight.request_id) is flight
 
-    def add(self, flight: Flight, home: Session) -> None:
+    def add(self, flight: Flight, home: Home) -> None:
         """Give it an id here; an id of an earlier home means nothing any more."""
         self._next_id += 1
         flight.request_id, flight.home = self._next_id, home

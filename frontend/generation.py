@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from frontend.assembler import Assembler, Collected
 from frontend.deadlines import Deadlines
-from frontend.inflight import Flight, Mailbox
+from frontend.inflight import Flight, Home, Mailbox
 from frontend.request import Chunk, GenerateParams, check_prompt, prepare
 from frontend.tokenizer import Tokenizer
 from ipc.errors import TandemError
@@ -21,11 +21,10 @@ from ipc.schema import FinishReason, ModelCard
 _RUNNING: Final = FinishReason.RUNNING  # looked up once, not for every token
 
 
-class Submitter(Protocol):
-    """What a generation needs of a session."""
+class Submitter(Home, Protocol):
+    """What a generation needs of a client's connections."""
 
     def submit(self, flights: Sequence[Flight]) -> None: ...
-    def abort(self, flights: Sequence[Flight], *, stopped: bool = False) -> None: ...
 
 
 class Sink(Protocol):

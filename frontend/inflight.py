@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from ipc.errors import (
     UnavailableError,
 )
 from ipc.schema import Admit, FinishReason, Logprobs, SamplingParams
-
-if TYPE_CHECKING:
-    from frontend.session import Session
 
 UNSENT: Final = -1  # request_id before submission
 
@@ -110,6 +107,12 @@ class Mailbox:
         return ready
 
 
+class Home(Protocol):
+    """Where sequences are open: a session, or all of a client's."""
+
+    def abort(self, flights: Iterable[Flight], *, stopped: bool = False) -> None: ...
+
+
 class Flight:
     """One open sequence: what was asked, and every token that came back. It holds all that a replay needs."""
 
@@ -151,7 +154,7 @@ class Flight:
         self.cache_salt = cache_salt
         self.grammar = grammar
         self.request_id = UNSENT  # given at submission, by the session that is its home
-        self.home: Session | None = None
+        self.home: Home | None = None
         self.tokens = array("i")
         self.logprobs: list[LogprobRow] | None = None if params.logprobs < 0 else []  # as long as tokens
         self.prompt_logprobs: list[LogprobRow] = []  # of prompt[1:], complete with the first token

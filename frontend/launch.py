@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import socket
-import stat
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +24,7 @@ from frontend.children import engine_roles
 from frontend.digests import collect_digests
 from frontend.directory import Announcement, Directory
 from frontend.host import AWAITING
+from frontend.listener import bind_http, bind_tcp, url_of
 from frontend.plumbing import Plumbing, address_of
 from frontend.replica import Replica, config_of, environment_of
 from frontend.supervisor import Supervisor
@@ -41,65 +40,11 @@ _FILES: Final = 192  # that a process of an engine may need, connections of clie
 _FILES_OF_CHILD: Final = 8  # what each process costs the launcher, and what a replica costs a frontend
 
 
-def bind_http(host: str, port: int, uds: str | None) -> socket.socket:
-    """The listening HTTP socket; requests queue in it until a frontend accepts. Raises ConfigError naming the flag."""
-    if uds is not None:
-        return _bind_unix(uds)
-    return _bind_tcp(host, port, "--host", "--port")
-
-
 def bind_nodes(options: flags.Options) -> socket.socket | None:
     """Where other nodes with ranks of this replica connect, if there are any."""
     if (options.nnodes or 1) == 1 or options.master_addr is None:
         return None
-    return _bind_tcp(options.master_addr, options.master_port, "--master-addr", "--master-port")
-
-
-def _bind_tcp(host: str, port: int, host_flag: str, port_flag: str) -> socket.socket:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-    except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"cannot resolve {host!r}: {error}", param=host_flag) from error
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        flag = host_flag if error.errno == errno.EADDRNOTAVAIL else port_flag
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}", param=flag
-        ) from error
-    return listener
-
-
-def _bind_unix(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
-            os.unlink(path)  # left behind by a process that was killed
-        listener.bind(path)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {path}: {error}", param="--uds") from error
-    return listener
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) == 0
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where clients reach the API, with the port the system chose for port 0."""
-    if listener.family == socket.AF_UNIX:
-        return f"unix:{listener.getsockname()}"
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if listener.family == socket.AF_INET6 else f"http://{host}:{port}/v1"
+    return bind_tcp(options.master_addr, options.master_port, "--master-addr", "--master-port")
 
 
 def cuda_devices() -> int:

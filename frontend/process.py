@@ -30,6 +30,7 @@ from frontend.api_keys import ApiKeyGuard
 from frontend.client import AsyncClient
 from frontend.digests import collect_digests
 from frontend.http_protocol import LimitedHttp
+from frontend.listener import bind_http, url_of
 from frontend.server import make_app
 from frontend.service import Service
 from frontend.tokenizer import Tokenizer
@@ -220,7 +221,6 @@ def start(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `engine-frontend`: one more HTTP server for a scheduler that runs already."""
     from frontend import flag_groups, flags
-    from frontend.launch import bind_http, url_of
 
     argv = sys.argv[1:] if argv is None else argv
     flags.hide_api_keys("engine-frontend", argv)

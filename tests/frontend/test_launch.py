@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from frontend import flags, launch
+from frontend.listener import bind_http, url_of
 from ipc.errors import ConfigError
 from ipc.schema import ModelCard
 from tests.frontend.model_folder import tiny_model, write_config, write_safetensors
@@ -115,19 +116,19 @@ def test_config_carries_every_choice():
 
 
 def test_port_zero_takes_a_free_port_and_says_which():
-    with launch.bind_http("127.0.0.1", 0, None) as listener:
+    with bind_http("127.0.0.1", 0, None) as listener:
         port = listener.getsockname()[1]
         assert port > 0
-        assert launch.url_of(listener) == f"http://127.0.0.1:{port}/v1"
+        assert url_of(listener) == f"http://127.0.0.1:{port}/v1"
 
 
 def test_ipv6_url_has_brackets():
     try:
-        listener = launch.bind_http("::1", 0, None)
+        listener = bind_http("::1", 0, None)
     except ConfigError:
         pytest.skip("no IPv6 loopback here")
     with listener:
-        assert launch.url_of(listener).startswith("http://[::1]:")
+        assert url_of(listener).startswith("http://[::1]:")
 
 
 def test_a_taken_port_is_known_before_anything_starts(capsys):
@@ -141,25 +142,25 @@ def test_a_taken_port_is_known_before_anything_starts(capsys):
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "a" * 300])
 def test_an_unusable_host_names_the_flag(host):
     with pytest.raises(ConfigError) as caught:
-        launch.bind_http(host, 0, None)
+        bind_http(host, 0, None)
     assert caught.value.param == "--host"
 
 
 def test_unix_socket_replaces_a_dead_one_and_respects_a_living_one(tmp_path):
     path = str(tmp_path / "http.sock")
-    with launch.bind_http("", 0, path) as listener:
-        assert launch.url_of(listener) == f"unix:{path}"
+    with bind_http("", 0, path) as listener:
+        assert url_of(listener) == f"unix:{path}"
         with pytest.raises(ConfigError) as caught:
-            launch.bind_http("", 0, path)
+            bind_http("", 0, path)
         assert caught.value.param == "--uds"
-    launch.bind_http("", 0, path).close()
+    bind_http("", 0, path).close()
 
 
 def test_a_unix_socket_never_replaces_a_file(tmp_path):
     path = tmp_path / "precious"
     path.write_text("data")
     with pytest.raises(ConfigError):
-        launch.bind_http("", 0, str(path))
+        bind_http("", 0, str(path))
     assert path.read_text() == "data"
 
 
