@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,18 @@ async def opened(scheduler: ScriptedScheduler, **patience: float) -> Session:
     session = Session(scheduler.endpoint, "test", Patience(**patience))
     await session.open(WAIT_S, wait_ready=True)
     return session
+
+
+def with_session(body: Callable[[ScriptedScheduler, Session], Coroutine[Any, Any, None]], **patience: float) -> None:
+    """Run `body` with a scheduler and a session that is open to it."""
+
+    async def main() -> None:
+        with ScriptedScheduler() as scheduler:
+            session = await opened(scheduler, **patience)
+            await body(scheduler, session)
+            await session.close()
+
+    run(main())
 
 
 def flight(mailbox: Mailbox | None = None, **params: Any) -> Flight:
@@ -152,77 +164,68 @@ def test_heartbeats_are_sent_and_their_answers_kept() -> None:
 
 
 def test_silence_is_answered_by_a_new_connection_that_replays_what_is_open() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler, heartbeat_s=0.02, heartbeat_limit_s=1.0)
-            mailbox = Mailbox(True)
-            open_ones = [flight(mailbox) for _ in range(3)]
-            session.submit(open_ones)
-            scheduler.send(tokens([(open_ones[1].request_id, 7, RUNNING)], cached={open_ones[1].request_id: 16}))
-            assert await mailbox.wait() == [open_ones[1]]
-            scheduler.answers = False
-            await until(lambda: not session.connected)
-            assert not session.ready
-            with pytest.raises(UnavailableError, match="does not answer"):
-                session.submit([flight()])
-            session.abort(open_ones[2:])
-            scheduler.answers = True
-            await until(lambda: session.ready and scheduler.count(Admit) >= 5)
-            assert len(scheduler.identities) >= 2, "what was queued for the old connection may not come through the new"
-            replays = [m for m in scheduler.seen if isinstance(m, Admit)][-2:]
-            assert [(m.request_id, unpack_tokens(m.output).tolist(), m.replay) for m in replays] == [
-                (open_ones[0].request_id, [], True),
-                (open_ones[1].request_id, [7], True),
-            ]
-            ids = [m.request_id for m in replays]
-            scheduler.send(tokens([(i, 5, LENGTH) for i in ids], cached=dict.fromkeys(ids, 32)))
-            await until(lambda: session.open_sequences == 0)
-            assert [list(each.tokens) for each in open_ones[:2]] == [[5], [7, 5]]
-            assert [each.cached_tokens for each in open_ones[:2]] == [32, 16], "the prompt was computed the first time"
-            assert not any(each.error for each in open_ones)
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(True)
+        open_ones = [flight(mailbox) for _ in range(3)]
+        session.submit(open_ones)
+        scheduler.send(tokens([(open_ones[1].request_id, 7, RUNNING)], cached={open_ones[1].request_id: 16}))
+        assert await mailbox.wait() == [open_ones[1]]
+        scheduler.answers = False
+        await until(lambda: not session.connected)
+        assert not session.ready
+        with pytest.raises(UnavailableError, match="does not answer"):
+            session.submit([flight()])
+        session.abort(open_ones[2:])
+        scheduler.answers = True
+        await until(lambda: session.ready and scheduler.count(Admit) >= 5)
+        assert len(scheduler.identities) >= 2, "what was queued for the old connection may not come through the new"
+        replays = [m for m in scheduler.seen if isinstance(m, Admit)][-2:]
+        assert [(m.request_id, unpack_tokens(m.output).tolist(), m.replay) for m in replays] == [
+            (open_ones[0].request_id, [], True),
+            (open_ones[1].request_id, [7], True),
+        ]
+        ids = [m.request_id for m in replays]
+        scheduler.send(tokens([(i, 5, LENGTH) for i in ids], cached=dict.fromkeys(ids, 32)))
+        await until(lambda: session.open_sequences == 0)
+        assert [list(each.tokens) for each in open_ones[:2]] == [[5], [7, 5]]
+        assert [each.cached_tokens for each in open_ones[:2]] == [32, 16], "the prompt was computed the first time"
+        assert not any(each.error for each in open_ones)
 
-    run(main())
+    with_session(body, heartbeat_s=0.02, heartbeat_limit_s=1.0)
 
 
 def test_open_requests_fail_when_the_scheduler_does_not_come_back_in_time() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler, heartbeat_s=0.02, heartbeat_limit_s=0.2, reconnect_limit_s=0.6)
-            mailbox = Mailbox(True)
-            lost = flight(mailbox)
-            session.submit([lost])
-            scheduler.answers = False
-            assert await mailbox.wait() == [lost]
-            assert isinstance(lost.error, UnavailableError)
-            assert session.open_sequences == 0
-            scheduler.answers = True
-            await until(lambda: session.ready)
-            admits = scheduler.count(Admit)
-            again = flight(mailbox)
-            session.submit([again])
-            await until(lambda: scheduler.count(Admit) == admits + 1)
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(True)
+        lost = flight(mailbox)
+        session.submit([lost])
+        scheduler.answers = False
+        assert await mailbox.wait() == [lost]
+        assert isinstance(lost.error, UnavailableError)
+        assert session.open_sequences == 0
+        scheduler.answers = True
+        await until(lambda: session.ready)
+        admits = scheduler.count(Admit)
+        again = flight(mailbox)
+        session.submit([again])
+        await until(lambda: scheduler.count(Admit) == admits + 1)
 
-    run(main())
+    with_session(body, heartbeat_s=0.02, heartbeat_limit_s=0.2, reconnect_limit_s=0.6)
 
 
 def test_a_scheduler_that_forgot_this_peer_is_greeted_again_and_told_what_is_open() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler)
-            mailbox = Mailbox(True)
-            only = flight(mailbox)
-            session.submit([only])
-            await arrived(scheduler, Admit)
-            scheduler.send(Rejected(-1, "unavailable", "say hello first"))
-            assert (await arrived(scheduler, Admit)).replay
-            scheduler.send(tokens([(only.request_id, 5, LENGTH)]))
-            assert await mailbox.wait() == [only]
-            assert only.error is None
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(True)
+        only = flight(mailbox)
+        session.submit([only])
+        await arrived(scheduler, Admit)
+        scheduler.send(Rejected(-1, "unavailable", "say hello first"))
+        assert (await arrived(scheduler, Admit)).replay
+        scheduler.send(tokens([(only.request_id, 5, LENGTH)]))
+        assert await mailbox.wait() == [only]
+        assert only.error is None
 
-    run(main())
+    with_session(body)
 
 
 def test_a_scheduler_in_the_place_of_a_dead_one_is_told_what_is_open() -> None:
@@ -278,22 +281,19 @@ def test_tokens_reach_their_sequences_and_wake_a_reader_once() -> None:
 
 
 def test_a_reader_of_the_end_is_not_woken_before() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler)
-            mailbox = Mailbox(each_token=False)
-            only = flight(mailbox)
-            session.submit([only])
-            await arrived(scheduler, Admit)
-            waiting = asyncio.create_task(mailbox.wait())
-            scheduler.send(tokens([(only.request_id, 5, RUNNING)]))
-            await until(lambda: len(only.tokens) == 1)
-            assert not waiting.done()
-            scheduler.send(tokens([(only.request_id, 6, LENGTH)]))
-            assert await waiting == [only]
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(each_token=False)
+        only = flight(mailbox)
+        session.submit([only])
+        await arrived(scheduler, Admit)
+        waiting = asyncio.create_task(mailbox.wait())
+        scheduler.send(tokens([(only.request_id, 5, RUNNING)]))
+        await until(lambda: len(only.tokens) == 1)
+        assert not waiting.done()
+        scheduler.send(tokens([(only.request_id, 6, LENGTH)]))
+        assert await waiting == [only]
 
-    run(main())
+    with_session(body)
 
 
 @pytest.mark.parametrize(
@@ -306,20 +306,17 @@ def test_a_reader_of_the_end_is_not_woken_before() -> None:
     ],
 )
 def test_bad_ends_are_typed_and_carry_no_token(finish: FinishReason, error: type[TandemError]) -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler)
-            mailbox = Mailbox(True)
-            only = flight(mailbox)
-            session.submit([only])
-            await arrived(scheduler, Admit)
-            scheduler.send(tokens([(only.request_id, 5, RUNNING), (only.request_id, -1, finish)]))
-            await mailbox.wait()
-            assert type(only.error) is error
-            assert list(only.tokens) == [5]
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(True)
+        only = flight(mailbox)
+        session.submit([only])
+        await arrived(scheduler, Admit)
+        scheduler.send(tokens([(only.request_id, 5, RUNNING), (only.request_id, -1, finish)]))
+        await mailbox.wait()
+        assert type(only.error) is error
+        assert list(only.tokens) == [5]
 
-    run(main())
+    with_session(body)
 
 
 def test_rejection_is_typed() -> None:
@@ -338,67 +335,58 @@ def test_rejection_is_typed() -> None:
 
 
 def test_aborts_of_one_turn_go_out_together_and_only_for_open_sequences() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler)
-            flights = [flight() for _ in range(5)]
-            session.submit(flights)
-            for _ in flights:
-                await arrived(scheduler, Admit)
-            scheduler.send(tokens([(flights[0].request_id, 5, LENGTH)]))
-            await until(lambda: flights[0].finish == LENGTH)
-            session.abort(flights[:2])
-            session.abort(flights[1:4])
-            assert (await arrived(scheduler, Abort)).request_ids == [f.request_id for f in flights[1:4]]
-            scheduler.send(tokens([(flights[1].request_id, 5, RUNNING), (flights[4].request_id, 5, RUNNING)]))
-            await until(lambda: len(flights[4].tokens) == 1)
-            assert not flights[1].tokens
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        flights = [flight() for _ in range(5)]
+        session.submit(flights)
+        for _ in flights:
+            await arrived(scheduler, Admit)
+        scheduler.send(tokens([(flights[0].request_id, 5, LENGTH)]))
+        await until(lambda: flights[0].finish == LENGTH)
+        session.abort(flights[:2])
+        session.abort(flights[1:4])
+        assert (await arrived(scheduler, Abort)).request_ids == [f.request_id for f in flights[1:4]]
+        scheduler.send(tokens([(flights[1].request_id, 5, RUNNING), (flights[4].request_id, 5, RUNNING)]))
+        await until(lambda: len(flights[4].tokens) == 1)
+        assert not flights[1].tokens
 
-    run(main())
+    with_session(body)
 
 
 def test_a_draining_engine_takes_no_new_request_and_finishes_open_ones() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler)
-            mailbox = Mailbox(True)
-            only = flight(mailbox)
-            session.submit([only])
-            await arrived(scheduler, Admit)
-            scheduler.send(Draining())
-            await until(lambda: session.draining)
-            with pytest.raises(UnavailableError, match="shutting down"):
-                session.submit([flight()])
-            scheduler.send(tokens([(only.request_id, 5, LENGTH)]))
-            await mailbox.wait()
-            assert only.error is None
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(True)
+        only = flight(mailbox)
+        session.submit([only])
+        await arrived(scheduler, Admit)
+        scheduler.send(Draining())
+        await until(lambda: session.draining)
+        with pytest.raises(UnavailableError, match="shutting down"):
+            session.submit([flight()])
+        scheduler.send(tokens([(only.request_id, 5, LENGTH)]))
+        await mailbox.wait()
+        assert only.error is None
 
-    run(main())
+    with_session(body)
 
 
 def test_a_scheduler_that_does_not_read_is_unavailable_and_loses_no_abort() -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler, heartbeat_s=0.02, heartbeat_limit_s=600)
-            reading = threading.Event()
-            scheduler.on_admit = lambda _: [] if reading.wait(WAIT_S) else [Draining()]
-            flights: list[Flight] = []
-            with pytest.raises(UnavailableError, match="takes no more messages"):
-                for _ in range(1_000_000):
-                    flights.append(flight(logit_bias=dict.fromkeys(range(300), 1.0)))
-                    session.submit(flights[-1:])
-            assert session.open_sequences == len(flights) - 1
-            session.abort(flights)
-            assert session.open_sequences == 0
-            reading.set()
-            ids = [each.request_id for each in flights]
-            await until(lambda: sorted(i for m in scheduler.seen if isinstance(m, Abort) for i in m.request_ids) == ids)
-            assert scheduler.count(Admit) == len(flights) - 1
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        reading = threading.Event()
+        scheduler.on_admit = lambda _: [] if reading.wait(WAIT_S) else [Draining()]
+        flights: list[Flight] = []
+        with pytest.raises(UnavailableError, match="takes no more messages"):
+            for _ in range(1_000_000):
+                flights.append(flight(logit_bias=dict.fromkeys(range(300), 1.0)))
+                session.submit(flights[-1:])
+        assert session.open_sequences == len(flights) - 1
+        session.abort(flights)
+        assert session.open_sequences == 0
+        reading.set()
+        ids = [each.request_id for each in flights]
+        await until(lambda: sorted(i for m in scheduler.seen if isinstance(m, Abort) for i in m.request_ids) == ids)
+        assert scheduler.count(Admit) == len(flights) - 1
 
-    run(main())
+    with_session(body, heartbeat_s=0.02, heartbeat_limit_s=600)
 
 
 @pytest.mark.parametrize(
@@ -412,27 +400,24 @@ def test_a_scheduler_that_does_not_read_is_unavailable_and_loses_no_abort() -> N
     ],
 )
 def test_a_frame_that_is_none_fails_what_is_open_and_the_next_request_works(payload: Any) -> None:
-    async def main() -> None:
-        with ScriptedScheduler() as scheduler:
-            session = await opened(scheduler)
-            mailbox = Mailbox(True)
-            only = flight(mailbox)
-            session.submit([only])
-            await arrived(scheduler, Admit)
-            scheduler.send(payload)
-            await mailbox.wait()
-            assert isinstance(only.error, ProtocolError)
-            await arrived(scheduler, Hello)
-            await until(lambda: session.ready)
-            again = flight(mailbox)
-            session.submit([again])
-            await arrived(scheduler, Admit)
-            scheduler.send(tokens([(again.request_id, 5, LENGTH)]))
-            await mailbox.wait()
-            assert again.error is None
-            await session.close()
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        mailbox = Mailbox(True)
+        only = flight(mailbox)
+        session.submit([only])
+        await arrived(scheduler, Admit)
+        scheduler.send(payload)
+        await mailbox.wait()
+        assert isinstance(only.error, ProtocolError)
+        await arrived(scheduler, Hello)
+        await until(lambda: session.ready)
+        again = flight(mailbox)
+        session.submit([again])
+        await arrived(scheduler, Admit)
+        scheduler.send(tokens([(again.request_id, 5, LENGTH)]))
+        await mailbox.wait()
+        assert again.error is None
 
-    run(main())
+    with_session(body)
 
 
 def test_an_open_sequence_holds_all_that_a_replay_needs() -> None:
