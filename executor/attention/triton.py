@@ -341,7 +341,7 @@ def _decode_tile(spec: LayerSpec) -> tuple[int, int, int]:
 def _prefill_tile(spec: LayerSpec) -> tuple[int, int, int, int]:
     """(query lanes, KV tokens, warps, pipeline stages)."""
     if _row_bytes(spec) <= 512:
-        tile = 128, 64, 8, 3
+        tile = 128, 32, 8, 3
     elif _row_bytes(spec) <= 1024:
         tile = 64, 32, 4, 2
     else:
