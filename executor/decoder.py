@@ -178,7 +178,7 @@ class FusedDecoder:
 
         The backend has begun the step.
         """
-        last = None if inputs.num_rows == inputs.num_decode else inputs.last_index
+        last = None if inputs.decode_only else inputs.last_index
         # Rows and scores may be more than tokens.
         way = self.ways[_row_class(max(inputs.num_tokens, len(inputs.last_index)))]
         self._pdl = self._skinny.pdl = way.pdl
@@ -238,7 +238,7 @@ class FusedDecoder:
     def _attend(self, index: int, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""
         layer, backend = self._layers[index], self._backend
-        if inputs.num_decode == inputs.num_tokens:
+        if inputs.decode_only:
             return backend.decode_fresh(layer, qkv, self._heads[index], pdl=self._pdl).view(len(qkv), -1)
         query = self._turn(layer, self._heads[index], qkv, inputs)
         return backend.read(layer, query, pdl=self._pdl).view(len(qkv), -1)

@@ -1,23 +1,31 @@
-"""CUDA graphs of decode steps: a ladder of batch sizes, captured before the engine is ready, replayed with padding.
+"""CUDA graphs of whole steps, captured before the engine is ready, replayed with padding.
 
-Each size has two graphs: the model (gather the carry-over tokens, forward) and the greedy tail (argmax, scatter). Steps
-whose rows need more than greedy replay the first and sample eagerly from its logits. Called by the step runner only;
-nothing is captured while serving.
+Two ladders: steps of decode rows only, by rows, and steps with prompt tokens, by tokens. Each size has two graphs: the
+model, and the greedy tail (argmax, carry-over). Steps whose rows need more than greedy replay the first and sample
+eagerly from its logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches
+take, or somebody asked for the log-probabilities of a prompt. Called by the step runner only; nothing is captured while
+serving.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from tqdm import tqdm
 
-from executor.inputs import StagedPlan, StepInputs
-from executor.slot_state import SlotState
+from executor.inputs import PlanHeader, StagedPlan, StepInputs
+from ipc.frames import FrameLimits
+
+if TYPE_CHECKING:
+    from executor.unpack_kernel import Unpack
 
 _FINE_LADDER: Final = (1, 2, 4, 8, 12, 16)
+_TOKEN_LADDER: Final = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+_PREFILL_ROWS: Final = 33  # of a graph: a plan admits at most 32 requests, and one goes on with its prompt
 _TYPESTR: Final = {2: "<i2", 4: "<i4"}
 
 
@@ -27,75 +35,85 @@ def ladder(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
+def token_ladder(max_tokens: int) -> list[int]:
+    """Tokens of the steps with prompt tokens to capture, up to 1024 or max_tokens."""
+    most = min(max_tokens, _TOKEN_LADDER[-1])
+    return [size for size in _TOKEN_LADDER if size < most] + [most]
+
+
 @dataclass(slots=True)
-class DecodeGraph:
-    """One size of the ladder. Tensors are static: a replay reads and writes the same memory."""
+class StepGraph:
+    """One size of a ladder. Tensors are static: a replay reads and writes the same memory."""
 
     model: torch.cuda.CUDAGraph
     greedy: torch.cuda.CUDAGraph
-    inputs: StepInputs  # [bucket] rows
-    logits: torch.Tensor  # [bucket, vocab], valid from a replay of `model` to the next replay of any graph
-    token: torch.Tensor  # int32 [bucket], of the greedy tail
+    inputs: StepInputs  # all that there is room for
+    logits: torch.Tensor  # [rows, vocab], valid from a replay of `model` to the next replay of any graph
+    token: torch.Tensor  # int32 [rows], of the greedy tail
 
 
-class DecodeGraphs:
-    """The ladder. `forward(inputs)` gives logits [rows, vocab]; `sample_greedy(inputs, logits)` gives tokens int32
+class StepGraphs:
+    """Both ladders. `forward(inputs)` gives logits [rows, vocab]; `sample_greedy(inputs, logits)` gives tokens int32
     [rows] and carries them over; both must be capturable."""
 
     def __init__(
         self,
-        state: SlotState,
+        unpack: Unpack,
+        limits: FrameLimits,
         *,
-        max_rows: int,
-        max_kv_len: int,
         compute: torch.cuda.Stream,
         forward: Callable[[StepInputs], torch.Tensor],
         sample_greedy: Callable[[StepInputs, torch.Tensor], torch.Tensor],
     ) -> None:
-        from executor.unpack_kernel import UnpackDecode, decode_inputs  # Triton needs CUDA
-
-        self._unpack, self._inputs = UnpackDecode(state), decode_inputs
-        self._state, self._max_kv_len = state, max_kv_len
-        self._forward, self._sample_greedy = forward, sample_greedy
-        device = state.position.device
-        self._row_slot = torch.full((max_rows,), state.null_slot, dtype=torch.int32, device=device)  # [rows], padded
-        self._row_sample = torch.ones(max_rows, dtype=torch.int32, device=device)
-        self._index = torch.arange(max_rows + 1, device=device)
+        self._unpack, self._forward, self._sample_greedy = unpack, forward, sample_greedy
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._compute = compute
-        self._graphs: dict[int, DecodeGraph] = {}
-        sizes = ladder(max_rows)
+        self._rows, self._tokens = ladder(limits.max_rows), token_ladder(limits.max_tokens)
+        rooms = [unpack.room(rows=size, decode=size, prefill=0, tokens=size) for size in self._rows]
+        rooms += [_mixed_room(unpack, size, limits.max_rows) for size in self._tokens]
         # Largest first: the smaller ones then fit into memory that the pool already has.
-        for size in tqdm(sizes[::-1], desc="capturing CUDA graphs", unit="graph", disable=None):
-            self._graphs[size] = self._capture(size)
-        self._bucket = [next(size for size in sizes if size >= rows) for rows in range(max_rows + 1)]
+        rooms.sort(key=lambda room: room.num_tokens, reverse=True)
+        self._graphs: dict[tuple[bool, int], StepGraph] = {}  # by whether they are of decode rows only, and size
+        for room in tqdm(rooms, desc="capturing CUDA graphs", unit="graph", disable=None):
+            self._graphs[room.decode_only, room.num_tokens] = self._capture(room)
 
-    def replay_model(self, plan: StagedPlan) -> DecodeGraph:
-        """Apply the plan's block deltas and run the model over its rows, all decode rows.
+    def replay_model(self, plan: StagedPlan) -> StepGraph | None:
+        """Unpack the plan and run the model over its rows; None, and nothing is done, if it fits no graph.
 
         They are the first rows of the returned graph; the others are padding.
         """
-        bucket = self._bucket[plan.header.num_rows]
-        self._unpack(plan, self._row_slot[:bucket])
-        graph = self._graphs[bucket]
+        size = self._size(plan.header)
+        if size is None:
+            return None
+        graph = self._graphs[size]
+        self._unpack(plan, graph.inputs)
         graph.model.replay()
         return graph
 
-    def _capture(self, size: int) -> DecodeGraph:
+    def _size(self, header: PlanHeader) -> tuple[bool, int] | None:
+        if not header.num_prefill:
+            return True, self._rows[bisect_left(self._rows, header.num_rows)]
+        if header.num_prefill > _PREFILL_ROWS or header.num_scores or header.num_tokens > self._tokens[-1]:
+            return None
+        return False, self._tokens[bisect_left(self._tokens, header.num_tokens)]
+
+    def _capture(self, inputs: StepInputs) -> StepGraph:
         with torch.cuda.stream(self._compute):
-            self._sample_greedy(*self._run(size))  # compiles and warms up whatever this size needs
+            self._unpack.clear(inputs)
+            self._sample_greedy(inputs, self._forward(inputs))  # compiles and warms up whatever this size needs
         self._compute.synchronize()
         model, greedy = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(model, pool=self._pool, stream=self._compute):
-            inputs, logits = self._run(size)
+            logits = self._forward(inputs)
         with torch.cuda.graph(greedy, pool=self._pool, stream=self._compute):
             token = self._sample_greedy(inputs, logits)
-        return DecodeGraph(model, greedy, inputs, _borrow(logits), token)
+        return StepGraph(model, greedy, inputs, _borrow(logits), token)
 
-    def _run(self, size: int) -> tuple[StepInputs, torch.Tensor]:
-        row_slot, row_sample = self._row_slot[:size], self._row_sample[:size]
-        inputs = self._inputs(row_slot, row_sample, self._index, self._state, self._max_kv_len)
-        return inputs, self._forward(inputs)
+
+def _mixed_room(unpack: Unpack, tokens: int, max_rows: int) -> StepInputs:
+    """One of them at least is a prompt's."""
+    rows = min(tokens, max_rows)
+    return unpack.room(rows=rows, decode=min(rows, tokens - 1), prefill=min(rows, _PREFILL_ROWS), tokens=tokens)
 
 
 class _Memory:

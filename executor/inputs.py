@@ -1,7 +1,8 @@
 """What the model sees of one step, on the device. Built on the compute stream from a plan and the slot state.
 
-Called by the step runner, eagerly or while a CUDA graph is captured. Must never read a device value on the host: all
-shapes follow from the plan's header, which the host reads from the ring slot.
+Called by the step runner. `apply_slots` and `build_inputs` are for the CPU, and say what `executor.unpack_kernel` does
+on CUDA. Must never read a device value on the host: all shapes follow from the plan's header, which the host reads from
+the ring slot.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from executor.slot_state import SlotState
 from ipc.frames import PLAN_COLUMNS, Bytes, Param, PlanFlag, PlanWord
 
 _HEADER_WORDS: Final = int(PlanWord.OFFSETS) + len(PLAN_COLUMNS)
-_OFFSET_WORD: Final = {name: int(PlanWord.OFFSETS) + i for i, name in enumerate(PLAN_COLUMNS)}
+OFFSET_WORD: Final = {name: int(PlanWord.OFFSETS) + i for i, name in enumerate(PLAN_COLUMNS)}
 
 
 @dataclass(slots=True)
 class StepInputs:
     """All rows of one step, packed: decode rows first (one token each), then prefill rows.
 
-    The four counts are host numbers known from the plan; everything else is on the device. With a CUDA graph the
-    tensors are static and as long as the graph's bucket; padding rows point at the null slot and the null block.
+    The four numbers are known to the host from the plan; everything else is on the device. With a CUDA graph the
+    numbers are what it has room for, the tensors are static and as long as that, and `counts` says what is in them;
+    padding rows point at the null slot, padding tokens at the null block.
     """
 
     num_rows: int
     num_decode: int
+    num_prefill: int  # rows
     num_tokens: int
-    max_query_len: int
-    max_kv_len: int  # upper bound over the rows, this step's tokens included
+    counts: torch.Tensor  # int32 [2], rows and decode rows: what kernels go by
     token_ids: torch.Tensor  # int64 [tokens]
     positions: torch.Tensor  # int64 [tokens]
     slot_mapping: torch.Tensor  # int64 [tokens], block * block_size + offset: where each token's K and V go
@@ -44,6 +46,10 @@ class StepInputs:
     )  # int64 [rows + scores], each row's last token, and each scored one: where logits are wanted
     row_sample: torch.Tensor  # int32 [rows], 0 = the row ends inside its prompt
     block_table: torch.Tensor  # int32 [slots, max_blocks_per_seq]; indexed by row_slot
+
+    @property
+    def decode_only(self) -> bool:
+        return self.num_decode == self.num_tokens
 
 
 @dataclass(slots=True)
@@ -73,6 +79,10 @@ class PlanHeader:
         return self.words[PlanWord.NUM_DECODE]
 
     @property
+    def num_prefill(self) -> int:
+        return self.words[PlanWord.NUM_ROWS] - self.words[PlanWord.NUM_DECODE]
+
+    @property
     def num_tokens(self) -> int:
         return self.words[PlanWord.NUM_DECODE] + self.words[PlanWord.NUM_PREFILL_TOKENS]
 
@@ -86,29 +96,38 @@ class StagedPlan:
 
     def column(self, name: str, count: int) -> torch.Tensor:
         """View of an int32 column [count]."""
-        offset = self.header.words[_OFFSET_WORD[name]]
+        offset = self.header.words[OFFSET_WORD[name]]
         return self.staged[offset : offset + 4 * count].view(torch.int32)
 
-    def offset(self, name: str) -> int:
-        """Where a column begins in `staged`, in int32 words."""
-        return self.header.words[_OFFSET_WORD[name]] // 4
+    @property
+    def counts(self) -> torch.Tensor:
+        """int32 [2], rows and decode rows."""
+        first = 8 * PlanWord.NUM_ROWS
+        return self.staged[first : first + 16].view(torch.int64).int()
 
 
-def apply_deltas(plan: StagedPlan, state: SlotState, sampler: Sampler) -> None:
-    """Bring what slots keep up to date: admits, token histories, bias rows. Most steps of decode rows have none."""
+def apply_slots(plan: StagedPlan, state: SlotState, sampler: Sampler) -> None:
+    """Bring slots up to date: positions and parameters of admitted ones, block tables."""
     words, column = plan.header.words, plan.column
     if admits := words[PlanWord.NUM_ADMITS]:
         admit_slot = column("admit_slot", admits).long()
         admit_params = column("admit_params", admits * Param.COUNT).view(admits, Param.COUNT)
         state.admit(admit_slot, admit_params[:, Param.COMPUTED])
         sampler.admit(admit_slot, admit_params)
-        if history := words[PlanWord.NUM_HISTORY]:
-            sampler.set_history(
-                admit_slot,
-                column("history_slot", history),
-                column("history_token", history),
-                column("history_count", history),
-            )
+    if count := words[PlanWord.NUM_BLOCKS]:
+        state.set_blocks(column("block_slot", count), column("block_index", count), column("block_id", count))
+
+
+def apply_tables(plan: StagedPlan, sampler: Sampler) -> None:
+    """Bring what only some requests ask for up to date: token histories and bias rows. Most steps have none."""
+    words, column = plan.header.words, plan.column
+    if history := words[PlanWord.NUM_HISTORY]:
+        sampler.set_history(
+            column("admit_slot", words[PlanWord.NUM_ADMITS]),
+            column("history_slot", history),
+            column("history_token", history),
+            column("history_count", history),
+        )
     if bias := words[PlanWord.NUM_BIAS]:
         sampler.set_bias(
             column("bias_slot", bias),
@@ -117,13 +136,6 @@ def apply_deltas(plan: StagedPlan, state: SlotState, sampler: Sampler) -> None:
             column("bias_value", bias).view(torch.float32),
             column("bias_until", bias),
         )
-
-
-def apply_blocks(plan: StagedPlan, state: SlotState) -> None:
-    """Enter the plan's block deltas into the block tables."""
-    if count := plan.header.words[PlanWord.NUM_BLOCKS]:
-        slot, index, block = (plan.column(name, count) for name in ("block_slot", "block_index", "block_id"))
-        state.set_blocks(slot, index, block)
 
 
 def grammar_mask(plan: StagedPlan) -> GrammarMask | None:
@@ -141,9 +153,8 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
     rows, num_decode, num_tokens = header.num_rows, header.num_decode, header.num_tokens
     row_slot = plan.column("row_slot", rows)  # [rows]
     row_sample = plan.column("row_sample", rows)  # [rows]
-    max_kv_len = header.words[PlanWord.MAX_KV_LEN]
     if rows == num_decode:
-        return build_decode_inputs(row_slot, row_sample, state, max_kv_len)
+        return build_decode_inputs(row_slot, row_sample, state)
     device = row_slot.device
     row_slot = row_slot.long()
     query_len = plan.column("row_query_len", rows)  # [rows]
@@ -164,9 +175,9 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
     return StepInputs(
         num_rows=rows,
         num_decode=num_decode,
+        num_prefill=header.num_prefill,
         num_tokens=num_tokens,
-        max_query_len=header.words[PlanWord.MAX_QUERY_LEN],
-        max_kv_len=max_kv_len,
+        counts=plan.counts,
         token_ids=token_ids,
         positions=positions,
         slot_mapping=_slot_mapping(state, row_slot[token_row], positions),
@@ -179,9 +190,7 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
     )
 
 
-def build_decode_inputs(
-    row_slot: torch.Tensor, row_sample: torch.Tensor, state: SlotState, max_kv_len: int
-) -> StepInputs:
+def build_decode_inputs(row_slot: torch.Tensor, row_sample: torch.Tensor, state: SlotState) -> StepInputs:
     """Inputs of a step of decode rows only, int32 [rows] each; advances their positions. Capturable in a CUDA graph.
 
     Each row's input token is gathered from `last_token[slot]`: the carry-over, which the host has never seen.
@@ -195,9 +204,9 @@ def build_decode_inputs(
     return StepInputs(
         num_rows=rows,
         num_decode=rows,
+        num_prefill=0,
         num_tokens=rows,
-        max_query_len=1,
-        max_kv_len=max_kv_len,
+        counts=torch.full((2,), rows, dtype=torch.int32, device=slot.device),
         token_ids=state.last_token[slot],
         positions=position,
         slot_mapping=_slot_mapping(state, slot, position),

@@ -96,7 +96,7 @@ class Model:
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Run a step: writes K and V of its tokens, returns logits [rows + scores, vocab] at `inputs.last_index`.
 
-        Capturable in a CUDA graph when all rows are decode rows.
+        Capturable in a CUDA graph.
         """
         self._backend.begin(inputs)
         if self.decoder is not None:
@@ -257,9 +257,9 @@ def _one_row(tokens: torch.Tensor, start: int, end: int, table: torch.Tensor, bl
     return StepInputs(
         num_rows=1,
         num_decode=int(length == 1),
+        num_prefill=int(length > 1),
         num_tokens=length,
-        max_query_len=length,
-        max_kv_len=end,
+        counts=int32(1, length == 1),
         token_ids=tokens[start:end],
         positions=positions,
         slot_mapping=table[0, positions // block_size].to(torch.int64) * block_size + positions % block_size,

@@ -95,7 +95,7 @@ class Executor:
         model = load_model(config, sys.stderr.isatty(), self._device, self._ranks)
         state = SlotState(self._limits, self._device)
         sampler = Sampler(state.last_token, model.vocab_size, self._limits.max_logprobs, self._device)
-        runner = StepRunner(model, sampler, state, self._layout)
+        runner = StepRunner(model, sampler, state, self._limits, self._layout)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # weights may have arrived on other streams
         phases.end("weights")
@@ -103,7 +103,7 @@ class Executor:
             optimize_model(model) if self._device.type == "cuda" else compile_model(model)
             phases.end("optimize")
         full_step = full_step_plan(self._limits)
-        self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step, self._limits))
+        self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step))
         if self._ranks is not None:
             self.num_blocks = self._ranks.least(self.num_blocks)
         model.allocate_kv(self.num_blocks)
@@ -116,15 +116,17 @@ class Executor:
     def _warm_up(self, config: EngineConfig, phases: Phases) -> None:
         """Compile, capture and pin everything, so that serving does none of it."""
         if not config.enforce_eager:
-            self._runner.capture(self._limits, self._streams.compute)
-            torch.cuda.synchronize(self._device)
-            phases.end("CUDA graphs")
-        for plan in warmup_plans(self._limits):
-            self._runner.run_alone(plan, self._limits)
+            self._runner.choose_ways()
+        for plan in warmup_plans(self._limits):  # before there are graphs, which would replay most of them
+            self._runner.run_alone(plan)
         for ring in (self._wire.plans, self._wire.results):
             pin(ring.memory)
         torch.cuda.synchronize(self._device)
         phases.end("warm-up")
+        if not config.enforce_eager:
+            self._runner.capture(self._streams.compute)
+            torch.cuda.synchronize(self._device)
+            phases.end("CUDA graphs")
 
     def serve(self) -> int:
         """Launch plans until asked to stop; returns the exit code."""

@@ -6,18 +6,18 @@ work does not grow with the batch, and it never waits for the device.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
-from executor.graphs import DecodeGraphs
+from executor.graphs import StepGraphs
 from executor.inputs import (
     PlanHeader,
     StagedPlan,
     StepInputs,
-    apply_blocks,
-    apply_deltas,
+    apply_slots,
+    apply_tables,
     build_decode_inputs,
     build_inputs,
     grammar_mask,
@@ -29,6 +29,9 @@ from executor.warmup import ALL_STAGES
 from ipc.frames import NULL_BLOCK, FrameLimits, Plan, PlanFlag, write_plan
 from ipc.results import RESULT_HEADER_BYTES, ResultLayout
 
+if TYPE_CHECKING:
+    from executor.unpack_kernel import Unpack
+
 _TIMED_CONTEXT: Final = 1024  # tokens of the rows on which ways to run a step are timed
 
 
@@ -36,18 +39,23 @@ class StepRunner:
     """Runs plans against the slot state it owns. Offsets of its output are those of the result layout, less the header,
     which the host writes."""
 
-    def __init__(self, model: Model, sampler: Sampler, state: SlotState, layout: ResultLayout) -> None:
-        self._model, self._sampler, self._state, self._layout = model, sampler, state, layout
-        self._graphs: DecodeGraphs | None = None
+    def __init__(
+        self, model: Model, sampler: Sampler, state: SlotState, limits: FrameLimits, layout: ResultLayout
+    ) -> None:
+        self._model, self._sampler, self._state, self._limits, self._layout = model, sampler, state, limits, layout
+        self._unpack: Unpack | None = None
+        if state.position.device.type == "cuda":
+            from executor.unpack_kernel import Unpack  # Triton is not there on a machine without CUDA
 
-    def capture(self, limits: FrameLimits, compute: torch.cuda.Stream) -> None:
-        """Capture the ladder of decode graphs; from then on decode-only steps replay them."""
-        if self._model.decoder is not None:
-            self._choose_ways(limits)
-        self._graphs = DecodeGraphs(
-            self._state,
-            max_rows=limits.max_rows,
-            max_kv_len=limits.max_seq_len,
+            self._unpack = Unpack(state, sampler.tables.params, limits)
+        self._graphs: StepGraphs | None = None
+
+    def capture(self, compute: torch.cuda.Stream) -> None:
+        """Capture both ladders of graphs; from then on steps that fit replay them. On CUDA only."""
+        assert self._unpack is not None, "no CUDA"
+        self._graphs = StepGraphs(
+            self._unpack,
+            self._limits,
             compute=compute,
             forward=self._model.forward,
             sample_greedy=self._sample_greedy,
@@ -68,15 +76,13 @@ class StepRunner:
         plan = StagedPlan(header, staged)
         rows = header.num_rows
         flags = header.flags & ALL_STAGES
-        apply_deltas(plan, self._state, self._sampler)
-        graph = None
-        if self._graphs is not None and rows == header.num_decode:
-            graph = self._graphs.replay_model(plan)
-            logits, row_slot, kv_len = graph.logits[:rows], graph.inputs.row_slot[:rows], graph.inputs.kv_len[:rows]
+        apply_tables(plan, self._sampler)
+        graph = self._graphs.replay_model(plan) if self._graphs is not None else None
+        if graph is not None:
+            inputs, logits = graph.inputs, graph.logits
         else:
-            apply_blocks(plan, self._state)
-            inputs = build_inputs(plan, self._state)
-            logits, row_slot, kv_len = self._model.forward(inputs), inputs.row_slot, inputs.kv_len
+            inputs = self._build_inputs(plan)
+            logits = self._model.forward(inputs)
         if poison:
             logits[0].fill_(float("nan"))
         if graph is not None and not flags:
@@ -84,25 +90,33 @@ class StepRunner:
             self._column(output, self._layout.token, rows).copy_(graph.token[:rows])
         else:
             row_sample = plan.column("row_sample", rows)
+            row_slot, kv_len = inputs.row_slot[:rows], inputs.kv_len[:rows]
             sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags, grammar_mask(plan))
             self._write(output, sampled, 0)
             if header.num_scores:
                 scored = self._sampler.score(logits[rows:], plan.column("score_token", header.num_scores))
                 self._write(output, scored, rows)
 
-    def run_alone(self, plan: Plan, limits: FrameLimits) -> None:
+    def _build_inputs(self, plan: StagedPlan) -> StepInputs:
+        if self._unpack is not None:
+            return self._unpack.eager(plan)
+        apply_slots(plan, self._state, self._sampler)
+        return build_inputs(plan, self._state)
+
+    def run_alone(self, plan: Plan) -> None:
         """Run one synthetic plan outside the pipeline, on the current stream: for profiling and warm-up."""
-        payload = np.zeros(limits.plan_bytes, np.uint8)
+        payload = np.zeros(self._limits.plan_bytes, np.uint8)
         used = write_plan(payload, plan)
         device = self._state.position.device
         output = torch.empty(self._layout.nbytes - RESULT_HEADER_BYTES, dtype=torch.uint8, device=device)
         self.run(PlanHeader.read(payload), False, torch.from_numpy(payload[:used]).to(device), output)
         self._state.position.zero_()
 
-    def _choose_ways(self, limits: FrameLimits) -> None:
-        """Time the decoder on rows with a context, spread over pages that nobody owns yet."""
-        state, model = self._state, self._model
-        assert model.decoder is not None, "nothing to choose"
+    def choose_ways(self) -> None:
+        """Time a fused decoder on rows with a context, spread over pages that nobody owns yet."""
+        state, model, limits = self._state, self._model, self._limits
+        if model.decoder is None:
+            return
         context = min(_TIMED_CONTEXT, limits.max_seq_len // 2)
         table = state.block_table
         pages = torch.arange(table.numel(), dtype=torch.int32, device=table.device).remainder_(model.num_blocks)
@@ -111,7 +125,7 @@ class StepRunner:
         def forward(rows: int) -> torch.Tensor:
             state.position[:rows].fill_(context)
             slots = torch.arange(rows, dtype=torch.int32, device=table.device)
-            return model.forward(build_decode_inputs(slots, torch.ones_like(slots), state, limits.max_seq_len))
+            return model.forward(build_decode_inputs(slots, torch.ones_like(slots), state))
 
         model.decoder.choose_ways(forward, limits.max_rows, context)
         table.fill_(NULL_BLOCK)

@@ -1,7 +1,8 @@
-"""Two Triton launches that ready a decode-only step: block table entries and padded row slots, then the model's inputs.
+"""The one launch that readies a step on CUDA: the plan's admits and block deltas, then what the model sees.
 
-The same as `SlotState.set_blocks` and `inputs.build_decode_inputs`, without their many small kernels. Called by
-`DecodeGraphs` only: the first launch ahead of the CUDA graph, because its arguments change, the second inside.
+The same as `inputs.apply_slots` and `inputs.build_inputs`, without their many small kernels. Called by the step runner
+and by `executor.graphs`, always ahead of the model and outside its CUDA graph, because the plan lies somewhere else in
+every step. What it writes lies always at the same place, which graphs have captured.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -14,147 +15,236 @@ import torch
 import triton
 import triton.language as tl
 
-from executor.inputs import StagedPlan, StepInputs
+from executor.inputs import OFFSET_WORD, PlanHeader, StagedPlan, StepInputs
 from executor.slot_state import SlotState
-from ipc.frames import PlanWord
+from ipc.frames import FrameLimits, Param, PlanWord
 
-_BLOCK: Final = 256
+_BLOCK: Final = 512
+_WARPS: Final = 8
+
+_OFFSETS = tl.constexpr(int(PlanWord.OFFSETS))
+_NUM_ROWS = tl.constexpr(int(PlanWord.NUM_ROWS))
+_NUM_DECODE = tl.constexpr(int(PlanWord.NUM_DECODE))
+_NUM_ADMITS = tl.constexpr(int(PlanWord.NUM_ADMITS))
+_NUM_BLOCKS = tl.constexpr(int(PlanWord.NUM_BLOCKS))
+_ADMIT_SLOT = tl.constexpr(OFFSET_WORD["admit_slot"])
+_ADMIT_PARAMS = tl.constexpr(OFFSET_WORD["admit_params"])
+_BLOCK_SLOT = tl.constexpr(OFFSET_WORD["block_slot"])
+_BLOCK_INDEX = tl.constexpr(OFFSET_WORD["block_index"])
+_BLOCK_ID = tl.constexpr(OFFSET_WORD["block_id"])
+_ROW_SLOT = tl.constexpr(OFFSET_WORD["row_slot"])
+_ROW_QUERY_LEN = tl.constexpr(OFFSET_WORD["row_query_len"])
+_ROW_SAMPLE = tl.constexpr(OFFSET_WORD["row_sample"])
+_PREFILL_TOKEN = tl.constexpr(OFFSET_WORD["prefill_token"])
+_PARAMS = tl.constexpr(int(Param.COUNT))
+_COMPUTED = tl.constexpr(int(Param.COMPUTED))
 
 
-class UnpackDecode:
-    """Applies a plan's block deltas to `state`, and sets row_slot int32 [bucket] to its rows, then the null slot."""
+class Unpack:
+    """Owns the memory of every step's inputs: each step's are its first rows and tokens."""
 
-    def __init__(self, state: SlotState) -> None:
-        self._state = state
+    def __init__(self, state: SlotState, params: torch.Tensor, limits: FrameLimits) -> None:
+        """`params` int32 [slots, Param.COUNT] are the sampler's."""
+        device, rows, tokens = state.position.device, limits.max_rows, limits.max_tokens
+        self._state, self._params = state, params
+
+        def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        self._all = StepInputs(
+            num_rows=rows,
+            num_decode=0,
+            num_prefill=rows,
+            num_tokens=tokens,
+            counts=zeros(2, torch.int32),
+            token_ids=zeros(tokens, torch.int64),
+            positions=zeros(tokens, torch.int64),
+            slot_mapping=zeros(tokens, torch.int64),
+            row_slot=zeros(rows, torch.int64),
+            query_start=zeros(rows + 1, torch.int32),
+            kv_len=zeros(rows, torch.int32),
+            last_index=zeros(rows, torch.int64),
+            row_sample=zeros(rows, torch.int32),
+            block_table=state.block_table,
+        )
+        self._search_steps = rows.bit_length()
         self._kernel: Any = None  # compiled; to find it by its arguments would take 50 us a step
 
-    def __call__(self, plan: StagedPlan, row_slot: torch.Tensor) -> None:
+    def room(self, *, rows: int, decode: int, prefill: int, tokens: int) -> StepInputs:
+        """Inputs for up to so many rows, decode rows, prefill rows and tokens. Their memory is that of all others."""
+        every = self._all
+        return StepInputs(
+            num_rows=rows,
+            num_decode=decode,
+            num_prefill=prefill,
+            num_tokens=tokens,
+            counts=every.counts,
+            token_ids=every.token_ids[:tokens],
+            positions=every.positions[:tokens],
+            slot_mapping=every.slot_mapping[:tokens],
+            row_slot=every.row_slot[:rows],
+            query_start=every.query_start[: rows + 1],
+            kv_len=every.kv_len[:rows],
+            last_index=every.last_index[:rows],
+            row_sample=every.row_sample[:rows],
+            block_table=every.block_table,
+        )
+
+    def __call__(self, plan: StagedPlan, inputs: StepInputs) -> None:
+        """Apply the plan's admits and block deltas, fill `inputs`, and advance the positions of the plan's rows.
+
+        What is beyond the plan's rows and tokens is padding: in a step of decode rows only each row a token at the null
+        slot, else rows without tokens, and tokens without a row.
+        """
         state = self._state
-        deltas, bucket = plan.header.words[PlanWord.NUM_BLOCKS], len(row_slot)
-        grid = (-(-max(deltas, bucket) // _BLOCK), 1, 1)
         arguments = (
             plan.staged.view(torch.int32),
-            plan.offset("row_slot"),
-            plan.header.num_rows,
-            bucket,
-            plan.offset("block_slot"),
-            plan.offset("block_index"),
-            plan.offset("block_id"),
-            deltas,
-            row_slot,
+            self._params,
+            state.position,
+            state.last_token,
             state.block_table,
+            inputs.counts,
+            inputs.token_ids,
+            inputs.positions,
+            inputs.slot_mapping,
+            inputs.row_slot,
+            inputs.query_start,
+            inputs.kv_len,
+            inputs.last_index,
+            inputs.row_sample,
+            inputs.num_rows,
+            inputs.num_tokens,
+            int(inputs.decode_only),
             state.block_table.shape[1],
             state.null_slot,
+            state.block_size,
+            self._search_steps,
             _BLOCK,
         )
         if self._kernel is None:
-            self._kernel = _unpack_decode[grid](*arguments)
+            self._kernel = _unpack_kernel[1, 1, 1](*arguments, num_warps=_WARPS)
         else:
-            self._kernel[grid](*arguments)
+            self._kernel[1, 1, 1](*arguments)
+
+    def eager(self, plan: StagedPlan) -> StepInputs:
+        """`build_inputs` and all before it."""
+        header = plan.header
+        inputs = self.room(
+            rows=header.num_rows, decode=header.num_decode, prefill=header.num_prefill, tokens=header.num_tokens
+        )
+        self(plan, inputs)
+        if header.num_scores:
+            inputs.last_index = torch.cat((inputs.last_index, plan.column("score_index", header.num_scores).long()))
+        return inputs
+
+    def clear(self, inputs: StepInputs) -> None:
+        """Fill `inputs` with padding."""
+        words = len(OFFSET_WORD) + PlanWord.OFFSETS
+        nothing = torch.zeros(8 * words, dtype=torch.uint8, device=self._all.counts.device)
+        self(StagedPlan(PlanHeader([0] * words), nothing), inputs)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "row_slot_offset",
-        "rows",
-        "bucket",
-        "slot_offset",
-        "index_offset",
-        "block_offset",
-        "deltas",
-        "max_blocks",
-        "null_slot",
-    ]
-)
-def _unpack_decode(
+@triton.jit
+def _word(staged, word: tl.constexpr):
+    """A word of the header: an int64 whose upper half is 0."""
+    return tl.load(staged + 2 * word)
+
+
+@triton.jit
+def _column(staged, word: tl.constexpr):
+    """Where a column begins."""
+    return staged + tl.load(staged + 2 * word) // 4
+
+
+@triton.jit(do_not_specialize=["row_room", "token_room", "decode_only", "max_blocks", "null_slot"])
+def _unpack_kernel(
     staged,  # int32 [words], a packed plan
-    row_slot_offset,  # offsets count int32 words
-    rows,
-    bucket,
-    slot_offset,
-    index_offset,
-    block_offset,
-    deltas,
-    row_slot,  # int32 [bucket]
-    block_table,  # int32 [slots, max_blocks]
-    max_blocks,
-    null_slot,
-    BLOCK: tl.constexpr,  # noqa: N803
-):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(staged + row_slot_offset + i, mask=i < rows, other=0)
-    tl.store(row_slot + i, tl.where(i < rows, slot, null_slot), mask=i < bucket)
-    is_delta = i < deltas
-    slot = tl.load(staged + slot_offset + i, mask=is_delta, other=0)
-    index = tl.load(staged + index_offset + i, mask=is_delta, other=0)
-    block = tl.load(staged + block_offset + i, mask=is_delta, other=0)
-    tl.store(block_table + slot.to(tl.int64) * max_blocks + index, block, mask=is_delta)
-
-
-def decode_inputs(
-    row_slot: torch.Tensor, row_sample: torch.Tensor, index: torch.Tensor, state: SlotState, max_kv_len: int
-) -> StepInputs:
-    """`inputs.build_decode_inputs`, but the null slot stays at position 0. Capturable in a CUDA graph.
-
-    `index` is int64 [more than rows], counting from 0.
-    """
-    rows, device = len(row_slot), row_slot.device
-    wide = torch.empty(4, rows, dtype=torch.int64, device=device)
-    kv_len = torch.empty(rows, dtype=torch.int32, device=device)
-    _decode_inputs[(triton.cdiv(rows, _BLOCK),)](
-        row_slot,
-        state.position,
-        state.last_token,
-        state.block_table,
-        wide,
-        kv_len,
-        rows,
-        state.block_table.shape[1],
-        state.null_slot,
-        PAGE=state.block_size,
-        BLOCK=_BLOCK,
-    )
-    return StepInputs(
-        num_rows=rows,
-        num_decode=rows,
-        num_tokens=rows,
-        max_query_len=1,
-        max_kv_len=max_kv_len,
-        token_ids=wide[0],
-        positions=wide[1],
-        slot_mapping=wide[2],
-        row_slot=wide[3],
-        query_start=index[: rows + 1],
-        kv_len=kv_len,
-        last_index=index[:rows],
-        row_sample=row_sample,
-        block_table=state.block_table,
-    )
-
-
-@triton.jit(do_not_specialize=["rows", "max_blocks", "null_slot"])
-def _decode_inputs(
-    row_slot,  # int32 [rows]
+    table,  # int32 [slots, Param.COUNT]: parameters
     position,  # int64 [slots], advanced
     last_token,  # int64 [slots]
     block_table,  # int32 [slots, max_blocks]
-    wide,  # int64 [4, rows]: token ids, positions, slot mapping, slots
-    kv_len,  # int32 [rows]
-    rows,
+    counts,  # and so on, all written: see StepInputs
+    token_ids,
+    positions,
+    slot_mapping,
+    row_slot,
+    query_start,
+    kv_len,
+    last_index,
+    row_sample,
+    row_room,
+    token_room,
+    decode_only,
     max_blocks,
     null_slot,
-    PAGE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    page: tl.constexpr,
+    search_steps: tl.constexpr,
+    block: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < rows
-    slot = tl.load(row_slot + i, mask=inside, other=0).to(tl.int64)
-    at = tl.load(position + slot, mask=inside, other=0)
-    block = tl.load(block_table + slot * max_blocks + at // PAGE, mask=inside, other=0).to(tl.int64)
-    tl.store(wide + i, tl.load(last_token + slot, mask=inside, other=0), mask=inside)
-    tl.store(wide + rows + i, at, mask=inside)
-    tl.store(wide + 2 * rows + i, block * PAGE + at % PAGE, mask=inside)
-    tl.store(wide + 3 * rows + i, slot, mask=inside)
-    tl.store(kv_len + i, (at + 1).to(tl.int32), mask=inside)
-    # Padding rows share the null slot: it must not outgrow the null block.
-    tl.store(position + slot, at + 1, mask=inside & (slot != null_slot))
+    """One program: what it writes first it reads again."""
+    lane = tl.arange(0, block)
+    words = _word(staged, _NUM_ADMITS) * _PARAMS
+    for start in range(0, words, block):
+        i = start + lane
+        slot = tl.load(_column(staged, _ADMIT_SLOT) + i // _PARAMS, mask=i < words, other=0).to(tl.int64)
+        value = tl.load(_column(staged, _ADMIT_PARAMS) + i, mask=i < words, other=0)
+        tl.store(table + slot * _PARAMS + i % _PARAMS, value, mask=i < words)
+        tl.store(position + slot, value.to(tl.int64), mask=(i < words) & (i % _PARAMS == _COMPUTED))
+    deltas = _word(staged, _NUM_BLOCKS)
+    for start in range(0, deltas, block):
+        i = start + lane
+        slot = tl.load(_column(staged, _BLOCK_SLOT) + i, mask=i < deltas, other=0).to(tl.int64)
+        index = tl.load(_column(staged, _BLOCK_INDEX) + i, mask=i < deltas, other=0)
+        value = tl.load(_column(staged, _BLOCK_ID) + i, mask=i < deltas, other=0)
+        tl.store(block_table + slot * max_blocks + index, value, mask=i < deltas)
+    tl.debug_barrier()
+    plan_rows = _word(staged, _NUM_ROWS)
+    rows = tl.where(decode_only != 0, row_room, plan_rows)
+    decode = tl.where(decode_only != 0, row_room, _word(staged, _NUM_DECODE))
+    tl.store(counts, rows)
+    tl.store(counts + 1, decode)
+    tl.store(query_start, 0)
+    tokens = 0
+    for start in range(0, row_room, block):
+        row = start + lane
+        planned = row < plan_rows
+        slot = tl.load(_column(staged, _ROW_SLOT) + row, mask=planned, other=0).to(tl.int64)
+        slot = tl.where(planned, slot, null_slot)
+        length = tl.load(_column(staged, _ROW_QUERY_LEN) + row, mask=planned, other=0)
+        length = tl.where(planned, length, decode_only)
+        computed = tl.load(position + slot, mask=planned, other=0)
+        # The null slot stays at position 0: it must not outgrow the null block.
+        tl.store(position + slot, computed + length, mask=planned)
+        stop = tokens + tl.cumsum(length, 0)
+        inside = row < row_room
+        tl.store(row_slot + row, slot, mask=inside)
+        tl.store(query_start + row + 1, stop, mask=inside)
+        tl.store(kv_len + row, (computed + length).to(tl.int32), mask=inside)
+        tl.store(last_index + row, tl.maximum(stop - 1, 0).to(tl.int64), mask=inside)
+        sample = tl.load(_column(staged, _ROW_SAMPLE) + row, mask=planned, other=0)
+        tl.store(row_sample + row, sample, mask=inside)
+        tokens += tl.sum(tl.where(inside, length, 0), 0)
+    tl.debug_barrier()
+    for start in range(0, token_room, block):
+        token = start + lane
+        planned = token < tokens
+        row = token
+        if decode < rows:
+            row = tl.zeros_like(token)  # the last one that begins at the token or before
+            last = tl.zeros_like(token) + rows - 1
+            for _ in range(search_steps):
+                middle = (row + last + 1) >> 1
+                begun = tl.load(query_start + middle) <= token
+                row = tl.where(begun, middle, row)
+                last = tl.where(begun, last, middle - 1)
+        slot = tl.load(row_slot + row, mask=planned, other=0)
+        at = (
+            tl.load(kv_len + row, mask=planned, other=0) - tl.load(query_start + row + 1, mask=planned, other=0) + token
+        )
+        carried = tl.load(last_token + slot, mask=planned & (token < decode), other=0)
+        prompt = tl.load(_column(staged, _PREFILL_TOKEN) + token - decode, mask=planned & (token >= decode), other=0)
+        value = tl.load(block_table + slot * max_blocks + at // page, mask=planned, other=0).to(tl.int64)
+        inside = token < token_room
+        tl.store(token_ids + token, carried + prompt, mask=inside)
+        tl.store(positions + token, tl.where(planned, at, 0).to(tl.int64), mask=inside)
+        tl.store(slot_mapping + token, tl.where(planned, value * page + at % page, 0), mask=inside)

@@ -119,7 +119,7 @@ def step_inputs(contexts: Sequence[int], new_tokens: int, device: torch.device) 
     rows, longest = len(contexts), max(contexts) + new_tokens
     slots = torch.arange(rows, dtype=torch.int32, device=device)
     if new_tokens == 1:
-        return build_decode_inputs(slots, torch.ones_like(slots), state, longest), pages
+        return build_decode_inputs(slots, torch.ones_like(slots), state), pages
     plan = synthetic_plan([new_tokens] * rows, 0, PlanFlag.NONE)
     plan.max_kv_len = longest
     payload = np.zeros(limits.plan_bytes, np.uint8)

@@ -18,16 +18,15 @@ def _has_rest(span, chunk, row, rows):
     return (span % chunk != 0) | ((span == 0) & (row < rows))
 
 
-@triton.jit(do_not_specialize=["rows", "capacity"])
+@triton.jit
 def split_kernel(
     kv_len,  # [rows]
-    item_row,  # [capacity] work item -> row
-    item_split,  # [capacity] work item -> which chunk of the row
+    counts,  # [2] rows, decode rows, which come first
+    item_row,  # [rows + 2 slots] work item -> row
+    item_split,  # [rows + 2 slots] work item -> which chunk of the row
     row_splits,  # [rows] chunks of a row
     row_offset,  # [rows] where the row's partial results begin
     header,  # [2] number of work items, tokens of a chunk
-    rows,
-    capacity,
     slots,
     window,
     rows_pad: tl.constexpr,
@@ -36,12 +35,13 @@ def split_kernel(
     min_chunk: tl.constexpr,
     overhead: tl.constexpr,
 ):
-    """Cut the rows of a step into work items of one chunk each, the longest first.
+    """Cut the decode rows of a step into work items of one chunk each, the longest first.
 
     The chunk is the one of a few candidates with the shortest estimated makespan on `slots` programs that share the
     bandwidth. An item costs its tokens plus `overhead`; the last program runs faster, with the others' share. Every
     program finds the same chunk and places the remainders of `rank_block` rows; the first one does all else.
     """
+    rows = tl.load(counts + 1)
     row = tl.arange(0, rows_pad)
     span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
     longest = tl.max(span, 0)
@@ -56,7 +56,7 @@ def split_kernel(
     path = tl.maximum(tl.cdiv(whole, slots) * (candidate + overhead), tl.minimum(candidate, longest) + overhead)
     cost = tl.maximum(even, path * 5 // 8)
     # Candidates shrink, so the largest of the cheapest is the first of them; the first one always fits.
-    cost = tl.where((items <= capacity) | (i == 0), cost, 2147483647)
+    cost = tl.where((items <= rows + 2 * slots) | (i == 0), cost, 2147483647)
     chunk = tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
     whole = span // chunk
     wholes = tl.sum(whole, 0)
@@ -274,3 +274,5 @@ def decode_kernel(
                 tl.store(arrival, 0)
         # Longest items come first: whoever had the shortest of them takes the longest of the next.
         item = 2 * (item // lanes + 1) * lanes - 1 - item
+    if pdl:
+        gdc_wait()  # without an item too: what comes after this kernel takes the one ahead for ended

@@ -77,7 +77,38 @@ def _accumulate(scores, v, scale, top, denominator, acc, precision: tl.constexpr
     return new_top, denominator, acc
 
 
-@triton.jit(do_not_specialize=["row_slot", "kv_len", "query_start"])
+@triton.jit(do_not_specialize=["room"])
+def tiles_kernel(
+    query_start,  # [rows + 1]
+    counts,  # [2] rows, decode rows, which come first
+    tiles,  # [2, room]: row, and which tile of the row; row -1 where there is none
+    room,
+    tile_tokens: tl.constexpr,
+    rows_pad: tl.constexpr,
+    block: tl.constexpr,
+):
+    """List the tiles of all prefill rows, row by row, the last of a row first: they see most keys. A program a row."""
+    rows = tl.load(counts)
+    decode = tl.load(counts + 1)
+    row = decode + tl.program_id(0)
+    other = tl.arange(0, rows_pad)
+    is_prefill = (other >= decode) & (other < rows)
+    length = tl.load(query_start + other + 1, mask=is_prefill, other=0)
+    length -= tl.load(query_start + other, mask=is_prefill, other=0)
+    needed = (length + tile_tokens - 1) // tile_tokens
+    first = tl.sum(tl.where(other < row, needed, 0), 0)
+    own = tl.sum(tl.where(other == row, needed, 0), 0)
+    for start in range(0, own, block):
+        i = start + tl.arange(0, block)
+        tl.store(tiles + first + i, row + tl.zeros_like(i), mask=i < own)
+        tl.store(tiles + room + first + i, own - 1 - i, mask=i < own)
+    if tl.program_id(0) == 0:
+        for start in range(tl.sum(needed, 0), room, block):
+            i = start + tl.arange(0, block)
+            tl.store(tiles + i, tl.full([block], -1, tl.int32), mask=i < room)
+
+
+@triton.jit
 def prefill_kernel(
     query,
     k_cache,
@@ -86,6 +117,7 @@ def prefill_kernel(
     row_slot,  # [rows]
     kv_len,  # [rows]
     query_start,  # [rows + 1]
+    tiles,  # [2, as many as programs]
     sinks,  # [q_heads]
     out,  # [tokens, q_heads, v_dim]
     scale,
@@ -109,18 +141,17 @@ def prefill_kernel(
     has_sinks: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Causal attention of a row's new tokens over all its pages, the new ones included.
+    """Causal attention of a row's new tokens over all its pages, the new ones included. A program a tile and KV head.
 
     The query heads of one KV head share a tile: block_m // group tokens of `group` heads each.
     """
     tile_tokens: tl.constexpr = block_m // group
-    row = tl.program_id(2)
+    row = tl.load(tiles + tl.program_id(0))
     head = tl.program_id(1)
-    first_query = tl.load(query_start + row)
-    num_queries = tl.load(query_start + row + 1) - first_query
-    # The last tiles see most keys: they start first.
-    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * tile_tokens
-    if first_token < num_queries:
+    first_token = tl.load(tiles + tl.num_programs(0) + tl.program_id(0)) * tile_tokens
+    if row >= 0:
+        first_query = tl.load(query_start + row)
+        num_queries = tl.load(query_start + row + 1) - first_query
         length = tl.load(kv_len + row)
         lane_m = tl.arange(0, block_m)
         lane_n = tl.arange(0, block_n)

@@ -1,7 +1,8 @@
 """Attention on CUDA: Triton kernels that read pages in place. Called by the model's layers through `executor.probe`.
 
-Owns the work lists of split-KV decode, one for each (window, KV heads) a model has, rebuilt on the device every step,
-and the scratch for partial results; both are allocated once. Must never read a length on the host.
+Owns the work lists of split-KV decode, one for each (window, KV heads) a model has, and of prefill, one for each size
+of tiles, all rebuilt on the device every step, and the scratch for partial results. Must never read a length on the
+host: how many rows of each kind there are is on the device too, so that one CUDA graph serves every mix of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 
 from executor.attention import LayerSpec, PagedLayer
 from executor.attention.decode_kernels import decode_kernel, split_kernel
-from executor.attention.kernels import prefill_kernel, write_kv_kernel
+from executor.attention.kernels import prefill_kernel, tiles_kernel, write_kv_kernel
 from executor.inputs import StepInputs
 from executor.layer_launch import LayerLaunch
 
@@ -26,6 +27,7 @@ _NO_WINDOW: Final = 1 << 30
 _PROGRAMS_PER_SM: Final = 4  # decode programs that run at once on one multiprocessor
 _FEW_ROWS: Final = 32  # rows that one warp cuts
 _SPLIT_BLOCK: Final = 64
+_TILES_BLOCK: Final = 128
 _MIN_CHUNK: Final = 128
 _JOIN_LANES: Final = 2048  # numbers that one warp joins at once
 _CHUNK_OVERHEAD: Final = 200  # cost of starting a work item, in KV tokens
@@ -74,18 +76,17 @@ class WorkList:
         """Of one KV head: as many as run at once, or one for each row. Those with short items take further ones."""
         return max(rows, self._slots)
 
-    def fill(self, kv_len: torch.Tensor, rows: int) -> None:
-        """Cut the first `rows` of `kv_len`, int32 [rows]."""
+    def fill(self, kv_len: torch.Tensor, counts: torch.Tensor, rows: int) -> None:
+        """Cut the decode rows, at most `rows`, of `kv_len` int32 [rows]; `counts` as in StepInputs."""
         assert rows <= self._max_rows, f"{rows} decode rows, the work list was made for {self._max_rows}"
         split_kernel[(-(-rows // _FEW_ROWS),)](
             kv_len,
+            counts,
             self.item_row,
             self.item_split,
             self.row_splits,
             self.row_offset,
             self.header,
-            rows,
-            self.capacity(rows),
             self._slots,
             self.window,
             rows_pad=_FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
@@ -94,6 +95,29 @@ class WorkList:
             min_chunk=_MIN_CHUNK,
             overhead=_CHUNK_OVERHEAD,
             num_warps=1 if rows <= _FEW_ROWS else 8,
+        )
+
+
+class TileList:
+    """Which tile of which prefill row each program takes. Filled by one small kernel, shared by all layers alike."""
+
+    def __init__(self, tile_tokens: int, max_rows: int) -> None:
+        self._tile_tokens, self._rows_pad = tile_tokens, triton.next_power_of_2(max_rows)
+        self.tiles = torch.empty(0)  # int32 [2, room], see `tiles_kernel`
+
+    def fill(self, inputs: StepInputs) -> None:
+        tile, rows = self._tile_tokens, inputs.num_prefill
+        room = (inputs.num_tokens + rows * (tile - 1)) // tile
+        self.tiles = torch.empty(2, room, dtype=torch.int32, device=inputs.query_start.device)
+        tiles_kernel[(rows,)](
+            inputs.query_start,
+            inputs.counts,
+            self.tiles,
+            room,
+            tile_tokens=tile,
+            rows_pad=self._rows_pad,
+            block=_TILES_BLOCK,
+            num_warps=1,
         )
 
 
@@ -106,6 +130,7 @@ class TritonBackend:
         self._block_size = block_size
         keys = {(spec.window, spec.kv_heads) for spec in specs}
         self._work = {key: WorkList(*key, max_rows=max_rows, device=device) for key in keys}
+        self._tiles = {size: TileList(size, max_rows) for size in {_tile_tokens(spec) for spec in specs}}
         items = max(work.capacity(max_rows) for work in self._work.values())
         heads = max(spec.q_heads for spec in specs)
         width = max(spec.q_heads * spec.v_dim for spec in specs)
@@ -121,7 +146,10 @@ class TritonBackend:
         self._begin_launches()
         if inputs.num_decode:
             for work in self._work.values():
-                work.fill(inputs.kv_len, inputs.num_decode)
+                work.fill(inputs.kv_len, inputs.counts, inputs.num_decode)
+        if not inputs.decode_only:
+            for tiles in self._tiles.values():
+                tiles.fill(inputs)
 
     def _begin_launches(self) -> None:
         self._decode_kernel.begin()
@@ -153,7 +181,7 @@ class TritonBackend:
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
         if inputs.num_decode:
             self._decode(layer, inputs, query, sinks, out, None, pdl)
-        if inputs.num_rows > inputs.num_decode:
+        if not inputs.decode_only:
             self._prefill(layer, inputs, query, sinks, out)
         return out
 
@@ -210,21 +238,17 @@ class TritonBackend:
     def _prefill(
         self, layer: PagedLayer, inputs: StepInputs, query: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        spec, decode = layer.spec, inputs.num_decode
-        options = _prefill_options(spec, self._block_size, sinks is not None)
-        grid = (
-            -(-inputs.max_query_len // (options["block_m"] // spec.group)),
-            spec.kv_heads,
-            inputs.num_rows - decode,
-        )
+        spec = layer.spec
+        tiles = self._tiles[_tile_tokens(spec)].tiles
         arguments = (
             query,
             layer.k_cache,
             layer.v_cache,
             inputs.block_table,
-            inputs.row_slot[decode:],
-            inputs.kv_len[decode:],
-            inputs.query_start[decode:],
+            inputs.row_slot,
+            inputs.kv_len,
+            inputs.query_start,
+            tiles,
             query if sinks is None else sinks,
             out,
             *_scales(spec),
@@ -233,7 +257,8 @@ class TritonBackend:
             query.stride(1),
             inputs.block_table.stride(0),
         )
-        self._prefill_kernel(grid, arguments, options)
+        options = _prefill_options(spec, self._block_size, sinks is not None)
+        self._prefill_kernel((tiles.shape[1], spec.kv_heads, 1), arguments, options)
 
 
 @cache
@@ -347,6 +372,11 @@ def _prefill_tile(spec: LayerSpec) -> tuple[int, int, int, int]:
     else:
         tile = 32, 16, 4, 2
     return max(tile[0], triton.next_power_of_2(spec.group)), *tile[1:]
+
+
+def _tile_tokens(spec: LayerSpec) -> int:
+    """Query tokens of a prefill tile."""
+    return _prefill_tile(spec)[0] // spec.group
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -26,14 +26,16 @@ MARGIN = 0.25 if ON_GPU else 1e-3
 LIMIT = 0.06 if ON_GPU else 1e-3
 
 
-def fused_model(folder: Path, device: torch.device | None = None, ranks: Ranks | None = None) -> Model:
+def fused_model(
+    folder: Path, device: torch.device | None = None, ranks: Ranks | None = None, **changes: object
+) -> Model:
     from executor import decoder
     from executor.attention.triton import TritonBackend
 
     def backend(specs: list[LayerSpec], *, block_size: int, max_rows: int, device: torch.device) -> AttentionBackend:
         return TritonBackend(specs, block_size, max_rows, device)
 
-    config = engine_config(folder, dtype="bfloat16" if ON_GPU else "float32")
+    config = engine_config(folder, dtype="bfloat16" if ON_GPU else "float32", **changes)
     dtypes = decoder.DTYPES if ON_GPU else (torch.float32,)
     with mock.patch.object(model_module, "choose_backend", backend), mock.patch.object(decoder, "DTYPES", dtypes):
         model = load_model(config, False, device, ranks)

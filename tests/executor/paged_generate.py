@@ -82,9 +82,9 @@ def _step(model: Model, rows: list[_Row], lengths: list[int], num_decode: int, t
     return StepInputs(
         num_rows=len(rows),
         num_decode=num_decode,
+        num_prefill=len(rows) - num_decode,
         num_tokens=starts[-1],
-        max_query_len=max(lengths),
-        max_kv_len=max(span.stop for span in spans),
+        counts=tensor([len(rows), num_decode], torch.int32),
         token_ids=tensor([row.tokens[i] for row, span in zip(rows, spans, strict=True) for i in span]),
         positions=tensor([i for span in spans for i in span]),
         slot_mapping=tensor(

@@ -90,9 +90,9 @@ def make_case(
     inputs = StepInputs(
         num_rows=len(rows),
         num_decode=sum(n == 1 for _, n in rows),
+        num_prefill=sum(n > 1 for _, n in rows),
         num_tokens=tokens,
-        max_query_len=max(n for _, n in rows),
-        max_kv_len=max(kv for kv, _ in rows),
+        counts=torch.tensor([len(rows), sum(n == 1 for _, n in rows)], dtype=torch.int32, device=device),
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=torch.zeros(tokens, dtype=torch.int64, device=device),
         slot_mapping=slot_mapping.to(device),
@@ -228,6 +228,56 @@ def test_triton_long_rows_are_split_and_joined() -> None:
         work = backend._work[spec.window, spec.kv_heads]  # type: ignore[attr-defined]
         assert int(work.row_splits[: len(rows)].max()) > 1
         assert int(work.header[0]) == int(work.row_splits[: len(rows)].sum())
+
+
+def with_room(case: Case, rows: int, decode: int, prefill: int, tokens: int) -> StepInputs:
+    """The case's inputs as a CUDA graph has them: the host's numbers say more than there is, the rest is padding."""
+    inputs, null_slot = case.inputs, len(case.inputs.block_table) - 1
+    table = torch.cat((inputs.block_table, torch.zeros_like(inputs.block_table[:1])))
+
+    def pad(x: torch.Tensor, size: int, value: int) -> torch.Tensor:
+        return torch.cat((x, x.new_full((size - len(x),), value)))
+
+    return StepInputs(
+        num_rows=rows,
+        num_decode=decode,
+        num_prefill=prefill,
+        num_tokens=tokens,
+        counts=inputs.counts,
+        token_ids=pad(inputs.token_ids, tokens, 0),
+        positions=pad(inputs.positions, tokens, 0),
+        slot_mapping=pad(inputs.slot_mapping, tokens, 0),
+        row_slot=pad(inputs.row_slot, rows, null_slot + 1),
+        query_start=pad(inputs.query_start, rows + 1, inputs.num_tokens),
+        kv_len=pad(inputs.kv_len, rows, 0),
+        last_index=pad(inputs.last_index, rows, 0),
+        row_sample=pad(inputs.row_sample, rows, 0),
+        block_table=table,
+    )
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("rows", [*ROWS.values(), [(2000, 1), (70, 70), (300, 5)]], ids=[*ROWS, "long"])
+@pytest.mark.parametrize("kind", ["plain", "odd_group", "window", "sinks"])
+def test_triton_goes_by_the_counts_on_the_device(kind: str, rows: list[tuple[int, int]]) -> None:
+    """Room for more rows of both kinds and more tokens than there are: what there is comes out, the rest is left."""
+    spec = SPECS[kind]
+    case = make_case(spec, rows, device=_TRITON_DEVICE)
+    tokens, room = case.inputs.num_tokens, 160
+    inputs = with_room(case, rows=50, decode=49, prefill=20, tokens=room)
+    query, key, value = (
+        torch.cat((x, x.new_full((room - tokens, *x.shape[1:]), float("nan"))))
+        for x in (case.query, case.key, case.value)
+    )
+    backend = triton_backend(spec)
+    backend.begin(inputs)
+    out = backend.attend(case.layer, query, key, value, case.sinks)[:tokens]
+    assert (out.cpu() - case.expected).abs().max().item() <= _TOLERANCE[torch.float32] * max(
+        1.0, case.expected.abs().max().item()
+    )
+    assert case.layer.k_cache.isfinite().all()
+    assert torch.equal(case.layer.k_cache.flatten(0, 1)[case.inputs.slot_mapping], case.key)
 
 
 @pytest.mark.gpu

@@ -1,15 +1,15 @@
-"""The ladder of decode graphs. That replays give the tokens of eager steps is tested with the process, on CUDA."""
+"""The ladders of graphs, and steps of decode rows. Steps with prompt tokens: `test_mixed_steps`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from executor.graphs import DecodeGraphs, _borrow, ladder
+from executor.graphs import StepGraphs, _borrow, ladder, token_ladder
 from executor.inputs import PlanHeader, StagedPlan, StepInputs
 from executor.slot_state import SlotState
 from executor.warmup import synthetic_plan
-from ipc.frames import FrameLimits, PlanFlag, write_plan
+from ipc.frames import FrameLimits, Param, PlanFlag, write_plan
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 8, 24, 100, 256, 257, 300, 512])
@@ -24,11 +24,22 @@ def test_the_ladder_climbs_to_the_largest_batch_and_pads_little(max_rows: int) -
         assert bucket - rows < 16
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 16, 17, 64, 100, 1023, 1024, 1025, 8192])
+def test_the_ladder_of_tokens_ends_at_the_largest_step_or_at_1024(max_tokens: int) -> None:
+    sizes = token_ladder(max_tokens)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(max_tokens, 1024)
+    for tokens in range(16, sizes[-1] + 1):
+        assert next(size for size in sizes if size >= tokens) < 2 * tokens
+
+
 @pytest.mark.gpu
 def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
     """A model whose logits point at (token + position) mod vocab: each step's tokens follow from the one before."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    from executor.unpack_kernel import Unpack
+
     vocab, device = 97, torch.device("cuda")
     limits = FrameLimits(max_rows=20, max_tokens=64, max_seq_len=64, block_size=4, max_logprobs=0)
     compute = torch.cuda.Stream(device)
@@ -44,9 +55,9 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
             state.last_token.index_copy_(0, inputs.row_slot, token.long())
             return token
 
-        graphs = DecodeGraphs(
-            state, max_rows=20, max_kv_len=64, compute=compute, forward=forward, sample_greedy=sample_greedy
-        )
+        params = torch.zeros(21, Param.COUNT, dtype=torch.int32, device=device)
+        unpack = Unpack(state, params, limits)
+        graphs = StepGraphs(unpack, limits, compute=compute, forward=forward, sample_greedy=sample_greedy)
         state.last_token.copy_(torch.arange(21))
         state.position[:20] = torch.arange(20, device=device)
         last, position = list(range(20)), list(range(20))
@@ -59,6 +70,7 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
             used = write_plan(payload.numpy(), plan)
             staged = StagedPlan(PlanHeader.read(payload.numpy()), payload[:used].to(device))
             graph = graphs.replay_model(staged)
+            assert graph is not None
             assert graph.logits[:rows].argmax(-1).tolist() == [(last[s] + position[s]) % vocab for s in slots]
             graph.greedy.replay()
             for slot in slots:

@@ -12,9 +12,8 @@ from executor.inputs import (
     PlanHeader,
     StagedPlan,
     StepInputs,
-    apply_blocks,
-    apply_deltas,
-    build_decode_inputs,
+    apply_slots,
+    apply_tables,
     build_inputs,
 )
 from executor.slot_state import SlotState
@@ -104,7 +103,8 @@ def test_inputs_match_the_definition(num_decode: int, num_prefill: int) -> None:
         assert inputs.row_slot.tolist() == plan.row_slot.tolist()
         assert inputs.row_sample.tolist() == plan.row_sample.tolist()
         assert (inputs.num_rows, inputs.num_decode) == (plan.num_rows, plan.num_decode)
-        assert (inputs.num_tokens, inputs.max_kv_len) == (plan.num_tokens, plan.max_kv_len)
+        assert (inputs.num_prefill, inputs.num_tokens) == (num_prefill, plan.num_tokens)
+        assert inputs.counts.tolist() == [plan.num_rows, plan.num_decode]
         positions[torch.from_numpy(plan.row_slot).long()] += torch.from_numpy(plan.row_query_len)
         assert state.position.tolist() == positions.tolist()
 
@@ -119,8 +119,8 @@ def test_deltas_reach_their_owners_in_order() -> None:
     plan.bias_value, plan.bias_until = np.array([-2.5], np.float32), int32(19)
     plan.history_slot, plan.history_token, plan.history_count = int32(4, 4), int32(5, 6), int32(1, 3)
     plan.block_slot, plan.block_index, plan.block_id = int32(4, 1), int32(0, 3), int32(21, 22)
-    apply_deltas(stage(plan), state, sampler)  # type: ignore[arg-type]
-    apply_blocks(stage(plan), state)
+    apply_slots(stage(plan), state, sampler)  # type: ignore[arg-type]
+    apply_tables(stage(plan), sampler)  # type: ignore[arg-type]
     assert state.position.tolist()[:5] == [0, 0, 0, 0, 8]
     assert (int(state.block_table[4, 0]), int(state.block_table[1, 3])) == (21, 22)
     calls = dict(sampler.calls)
@@ -133,40 +133,9 @@ def test_deltas_reach_their_owners_in_order() -> None:
 def test_a_plan_without_deltas_touches_nothing() -> None:
     state, sampler = SlotState(LIMITS, torch.device("cpu")), RecordingSampler()
     plan = stage(synthetic_plan([1, 1], 2, PlanFlag.NONE))
-    apply_deltas(plan, state, sampler)  # type: ignore[arg-type]
-    apply_blocks(plan, state)
+    apply_slots(plan, state, sampler)  # type: ignore[arg-type]
+    apply_tables(plan, sampler)  # type: ignore[arg-type]
     assert sampler.calls == []
-
-
-@pytest.mark.gpu
-def test_the_unpack_kernel_does_what_the_torch_version_does() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    from executor.unpack_kernel import UnpackDecode
-
-    limits = FrameLimits(max_rows=600, max_tokens=600, max_seq_len=500, block_size=4, max_logprobs=0)
-    device = torch.device("cuda")
-    rng = np.random.default_rng(2)
-    for rows, bucket, deltas in ((1, 1, 0), (3, 4, 3), (16, 16, 700), (250, 256, 0), (300, 600, 40), (600, 600, 600)):
-        plan = synthetic_plan([1] * rows, rows, PlanFlag.NONE)
-        plan.row_slot = rng.permutation(limits.max_rows)[:rows].astype(np.int32)
-        entries = rng.permutation(limits.max_rows * limits.max_blocks_per_seq)[:deltas]
-        plan.block_slot, plan.block_index = (
-            part.astype(np.int32) for part in divmod(entries, limits.max_blocks_per_seq)
-        )
-        plan.block_id = rng.integers(1, 10_000, deltas).astype(np.int32)
-        payload = np.full(limits.plan_bytes, 0xA5, np.uint8)
-        used = write_plan(payload, plan)
-        staged = StagedPlan(PlanHeader.read(payload), torch.from_numpy(payload[:used]).to(device))
-        want, got = SlotState(limits, device), SlotState(limits, device)
-        for state in (want, got):
-            state.block_table.fill_(-7)
-        row_slot = torch.full((limits.max_rows + 1,), -7, dtype=torch.int32, device=device)
-        apply_blocks(staged, want)
-        UnpackDecode(got)(staged, row_slot[:bucket])
-        assert torch.equal(got.block_table, want.block_table)
-        padding = [got.null_slot] * (bucket - rows)
-        assert row_slot.tolist() == plan.row_slot.tolist() + padding + [-7] * (limits.max_rows + 1 - bucket)
 
 
 def test_synthetic_plans_fit_the_limits() -> None:
@@ -180,32 +149,3 @@ def test_synthetic_plans_fit_the_limits() -> None:
             assert plan.num_tokens <= limits.max_tokens
             assert plan.max_kv_len <= limits.max_seq_len
             assert int(plan.row_query_len.min()) >= 1
-
-
-@pytest.mark.gpu
-def test_the_input_kernel_does_what_the_torch_version_does_and_padding_stays_in_the_null_block() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    from executor.unpack_kernel import decode_inputs
-
-    limits = FrameLimits(max_rows=600, max_tokens=600, max_seq_len=500, block_size=4, max_logprobs=0)
-    device, random = torch.device("cuda"), torch.Generator().manual_seed(1)
-    index = torch.arange(limits.max_rows + 1, device=device)
-    for rows, padding in ((1, 0), (3, 5), (257, 43), (600, 0)):
-        want, got = SlotState(limits, device), SlotState(limits, device)
-        for name, high in (("position", 400), ("last_token", 9000), ("block_table", 5000)):
-            values = torch.randint(1, high, getattr(want, name).shape, generator=random)
-            values[want.null_slot] = 0
-            for state in (want, got):
-                getattr(state, name).copy_(values)
-        slots = torch.cat((torch.randperm(600, generator=random)[:rows], torch.full((padding,), want.null_slot)))
-        row_slot = slots.int().to(device)
-        ones = torch.ones_like(row_slot)
-        for _ in range(3):
-            want.position[want.null_slot] = 0
-            expected = build_decode_inputs(row_slot, ones, want, 500)
-            inputs = decode_inputs(row_slot, ones, index, got, 500)
-            for name in ("token_ids", "positions", "slot_mapping", "row_slot", "query_start", "kv_len", "last_index"):
-                assert getattr(inputs, name).tolist() == getattr(expected, name).tolist(), name
-            assert int(got.position[got.null_slot]) == 0
-            assert got.position[:600].tolist() == want.position[:600].tolist()

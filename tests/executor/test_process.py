@@ -16,6 +16,8 @@ from ipc.config import EngineConfig
 from ipc.frames import INVALID_TOKEN, Param, PlanFlag
 from ipc.schema import ModelCard
 from tests.executor.driver import Driver, ExecutorDiedError, ExecutorProcess, Sequence, float_bits
+from tests.executor.fused_model import WIDER
+from tests.executor.test_architectures import save_model
 
 VOCAB = 128
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -253,6 +255,31 @@ def test_a_step_that_the_device_refuses_ends_the_process_with_the_reason_last(
     executor.wait_ready()
     executor.plans.restart()
     assert outputs_of(config, executor, prompts[:3]) == expected[:3]
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_or_captured_while_a_fused_model_serves_any_mix(
+    spawned: list[ExecutorProcess], tmp_path: Path
+) -> None:
+    """Steps in graphs of both kinds and beside them: more prompt rows or tokens than a graph has room for."""
+    skip_without("cuda")
+    save_model(tmp_path, "Qwen3Config", WIDER)
+    limits = {"max_num_seqs": 40, "max_num_batched_tokens": 2048, "num_blocks": 400}
+    config = make_config(tmp_path, device="cuda", dtype="bfloat16", **limits)
+    executor = ExecutorProcess(config, tmp_path)
+    spawned.append(executor)
+    executor.wait_ready()
+    rng = np.random.default_rng(4)
+    driver = Driver(config, executor, 100)
+    for flags in (PlanFlag.NONE, PlanFlag.SAMPLE, PlanFlag.SAMPLE | PlanFlag.FILTER, PlanFlag.LOGPROBS):
+        for count in (1, 3, 12, 40):
+            driver._chunk = int(rng.integers(5, 100))
+            lengths = rng.integers(1, 100, (count, 2)).tolist()
+            prompts = [rng.integers(1, VOCAB, length).tolist() for length, _ in lengths]
+            new = [min(20, 120 - length, tokens) for length, tokens in lengths]
+            driver.run([Sequence(slot, prompts[slot], new[slot]) for slot in range(count)], flags)
+    assert not any(result.compilations for result in driver.results)
+    assert "fused decoder" in executor.stop()
 
 
 @pytest.mark.gpu

@@ -35,7 +35,7 @@ def test_ways_are_timed_on_rows_with_a_context_of_their_own_and_nothing_of_it_st
     model: Any = SimpleNamespace(
         decoder=SimpleNamespace(choose_ways=choose_ways), num_blocks=100, forward=model_forward
     )
-    StepRunner(model, None, state, None)._choose_ways(limits)  # type: ignore[arg-type]
+    StepRunner(model, None, state, limits, None).choose_ways()  # type: ignore[arg-type]
     assert [inputs.num_rows for inputs in seen] == [4, 4, 6]
     assert (state.block_table == NULL_BLOCK).all()
     assert (state.position == 0).all()
