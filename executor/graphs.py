@@ -3,8 +3,8 @@
 Two ladders: steps of decode rows only, by rows, and steps with prompt tokens, by tokens. Each size has two graphs: the
 model, and the greedy tail (argmax, carry-over). Steps whose rows need more than greedy replay the first and sample
 eagerly from its logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches
-take, or somebody asked for the log-probabilities of a prompt. Called by the step runner only; nothing is captured while
-serving.
+take, so that padding would only cost; or somebody asked for the log-probabilities of a prompt. Called by the step
+runner only; nothing is captured while serving.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from executor.unpack_kernel import Unpack
 
 _FINE_LADDER: Final = (1, 2, 4, 8, 12, 16)
-_TOKEN_LADDER: Final = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+_TOKEN_LADDER: Final = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_FREE_TOKENS: Final = 256  # up to so many, reading the weights takes longer than multiplying by them: padding is free
+_LAUNCH_FLOPS: Final = 4e12  # what a GPU does in the milliseconds that the launches of a step take
 _PREFILL_ROWS: Final = 33  # of a graph: a plan admits at most 32 requests, and one goes on with its prompt
 _TYPESTR: Final = {2: "<i2", 4: "<i4"}
 
@@ -35,10 +37,12 @@ def ladder(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
-def token_ladder(max_tokens: int) -> list[int]:
-    """Tokens of the steps with prompt tokens to capture, up to 1024 or max_tokens."""
-    most = min(max_tokens, _TOKEN_LADDER[-1])
-    return [size for size in _TOKEN_LADDER if size < most] + [most]
+def token_ladder(max_tokens: int, parameters: int) -> list[int]:
+    """Tokens of the steps with prompt tokens to capture: those of a model of `parameters` that end before their
+    launches would, and 256 at least."""
+    most = max(_FREE_TOKENS, min(_TOKEN_LADDER[-1], _LAUNCH_FLOPS / (2 * parameters)))
+    sizes = [*(size for size in _TOKEN_LADDER if size < max_tokens), max_tokens]
+    return [size for size in sizes if size <= most]
 
 
 @dataclass(slots=True)
@@ -61,6 +65,7 @@ class StepGraphs:
         unpack: Unpack,
         limits: FrameLimits,
         *,
+        parameters: int,
         compute: torch.cuda.Stream,
         forward: Callable[[StepInputs], torch.Tensor],
         sample_greedy: Callable[[StepInputs, torch.Tensor], torch.Tensor],
@@ -68,7 +73,7 @@ class StepGraphs:
         self._unpack, self._forward, self._sample_greedy = unpack, forward, sample_greedy
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._compute = compute
-        self._rows, self._tokens = ladder(limits.max_rows), token_ladder(limits.max_tokens)
+        self._rows, self._tokens = ladder(limits.max_rows), token_ladder(limits.max_tokens, parameters)
         rooms = [unpack.room(rows=size, decode=size, prefill=0, tokens=size) for size in self._rows]
         rooms += [_mixed_room(unpack, size, limits.max_rows) for size in self._tokens]
         # Largest first: the smaller ones then fit into memory that the pool already has.

@@ -92,6 +92,12 @@ class Model:
     def num_blocks(self) -> int:
         return len(self.layers[0].k_cache)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of this rank; with several, of the one with the fewest."""
+        number = sum(parameter.numel() for parameter in self._module.parameters())
+        return number if self.ranks is None else self.ranks.least(number)
+
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Run a step: writes K and V of its tokens, returns logits [rows + scores, vocab] at `inputs.last_index`.

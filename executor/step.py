@@ -56,6 +56,7 @@ class StepRunner:
         self._graphs = StepGraphs(
             self._unpack,
             self._limits,
+            parameters=self._model.num_parameters,
             compute=compute,
             forward=self._model.forward,
             sample_greedy=self._sample_greedy,

@@ -24,11 +24,13 @@ def test_the_ladder_climbs_to_the_largest_batch_and_pads_little(max_rows: int) -
         assert bucket - rows < 16
 
 
+@pytest.mark.parametrize("parameters", [10_000, 600_000_000, 8_000_000_000])
 @pytest.mark.parametrize("max_tokens", [1, 2, 16, 17, 64, 100, 1023, 1024, 1025, 8192])
-def test_the_ladder_of_tokens_ends_at_the_largest_step_or_at_1024(max_tokens: int) -> None:
-    sizes = token_ladder(max_tokens)
+def test_the_ladder_of_tokens_ends_where_launches_are_hidden(max_tokens: int, parameters: int) -> None:
+    sizes = token_ladder(max_tokens, parameters)
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] == min(max_tokens, 1024)
+    most = {10_000: 4096, 600_000_000: 3072, 8_000_000_000: 256}[parameters]
+    assert sizes[-1] == min(max_tokens, most)
     for tokens in range(16, sizes[-1] + 1):
         assert next(size for size in sizes if size >= tokens) < 2 * tokens
 
@@ -57,7 +59,7 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
 
         params = torch.zeros(21, Param.COUNT, dtype=torch.int32, device=device)
         unpack = Unpack(state, params, limits)
-        graphs = StepGraphs(unpack, limits, compute=compute, forward=forward, sample_greedy=sample_greedy)
+        graphs = StepGraphs(unpack, limits, parameters=1, compute=compute, forward=forward, sample_greedy=sample_greedy)
         state.last_token.copy_(torch.arange(21))
         state.position[:20] = torch.arange(20, device=device)
         last, position = list(range(20)), list(range(20))

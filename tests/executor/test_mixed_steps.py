@@ -159,9 +159,14 @@ def test_a_replayed_step_is_the_eager_one_for_every_size_and_mix(
             return sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE).token
 
         graphs = StepGraphs(
-            bench.unpack, bench.limits, compute=compute, forward=model.forward, sample_greedy=sample_greedy
+            bench.unpack,
+            bench.limits,
+            parameters=1,
+            compute=compute,
+            forward=model.forward,
+            sample_greedy=sample_greedy,
         )
-        for size in token_ladder(max_tokens):
+        for size in token_ladder(max_tokens, 1):
             for _ in range(6):
                 plan = random_plan(rng, bench, size)
                 staged = stage(bench, plan)
@@ -194,7 +199,7 @@ def test_steps_that_fit_no_graph_leave_everything_to_the_caller(tmp_path: Path) 
             return torch.zeros(inputs.num_rows, 8, device="cuda")
 
         graphs = StepGraphs(
-            bench.unpack, bench.limits, compute=compute, forward=forward,
+            bench.unpack, bench.limits, parameters=2 * 10**9, compute=compute, forward=forward,
             sample_greedy=lambda inputs, logits: logits.argmax(-1).int(),
         )  # fmt: skip
         scored = synthetic_plan([1, 5], 1, PlanFlag.LOGPROBS)
