@@ -49,7 +49,7 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
         state = SlotState(limits, device)
 
         def forward(inputs: StepInputs) -> torch.Tensor:
-            target = (inputs.token_ids + inputs.positions) % vocab
+            target = ((inputs.token_ids + inputs.positions) % vocab)[inputs.last_index]
             return (target[:, None] == torch.arange(vocab, device=device)).to(torch.bfloat16)
 
         def sample_greedy(inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
