@@ -8,24 +8,20 @@ ENGINE_FAKE_STEP_US makes a step take that long.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
-import traceback
 from typing import Final
 
 import numpy as np
 
 import executor
-import ipc
 from executor.wire import Wire
 from ipc.clock import now_ns
-from ipc.config import EngineConfig, ExecutorChannels, read_start
-from ipc.errors import ConfigError
+from ipc.config import EngineConfig, ExecutorChannels
 from ipc.fault import read_fault
 from ipc.frames import INVALID_TOKEN, Bytes, Int32, Int64, Param, Plan, PlanFlag, read_plan
-from ipc.lifetime import enter_process, fail
+from ipc.lifetime import run_child
 from ipc.results import RESULT_HEADER_BYTES, write_result_header
 from ipc.trace import Act, Track, open_trace
 
@@ -107,19 +103,5 @@ def _write_logprobs(result: Bytes, start: int, end: int) -> None:
     result[start:end] = 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="executor.fake")
-    parser.add_argument("--start-fd", type=int, required=True, help="memory file with the configuration and channels")
-    config, channels = read_start(parser.parse_args().start_fd, EngineConfig, ExecutorChannels)
-    try:
-        enter_process(config.title(channels.role), channels.parent_pipe, ipc, executor)
-        return run(config, channels)
-    except ConfigError as error:
-        return fail(channels.role, error)
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_child(executor, ExecutorChannels, run))

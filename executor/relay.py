@@ -9,10 +9,8 @@ into a plan, and imports no torch.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,21 +19,20 @@ import msgspec
 import zmq
 
 import executor
-import ipc
 from ipc.auth import REPLICA_KEYS, Gatekeeper, name_of_key
 from ipc.clock import now_s
-from ipc.config import EngineConfig, RelayChannels, read_start
+from ipc.config import EngineConfig, RelayChannels
 from ipc.control import ExecutorHello, NodeHello, PlanAck, PlanFrame, RanksLost, StartRanks, decode_node
 from ipc.doorbell import Doorbell
-from ipc.errors import ConfigError, ProtocolError, TandemError
+from ipc.errors import ProtocolError, TandemError
 from ipc.frames import PlanWord
-from ipc.lifetime import enter_process, fail
-from ipc.logs import configure_news, news
+from ipc.lifetime import run_child
+from ipc.logs import news
 from ipc.ring import RingReader
 from ipc.schema import HEARTBEAT_LIMIT_S, HEARTBEAT_S, PROTOCOL_VERSION, Goodbye, Heartbeat, Message, Rejected, encode
 from ipc.sockets import connect_dealer, make_router, new_identity, send_to
 
-ROLE: Final = "relay"
+ROLE: Final = RelayChannels.name
 _SILENT_BEATS: Final = int(HEARTBEAT_LIMIT_S / HEARTBEAT_S)
 _PATIENCE_S: Final = 15.0  # then it says whom it is waiting for
 _AWAITED_S: Final = 120.0  # for nodes that were there before; after as many restarts as it has, the engine ends
@@ -233,20 +230,5 @@ def run(config: EngineConfig, channels: RelayChannels) -> int:
     return 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="executor.relay")
-    parser.add_argument("--start-fd", type=int, required=True, help="memory file with the configuration and channels")
-    config, channels = read_start(parser.parse_args().start_fd, EngineConfig, RelayChannels)
-    configure_news(config.log)
-    try:
-        enter_process(config.title(ROLE), channels.parent_pipe, ipc, executor)
-        return run(config, channels)
-    except ConfigError as error:
-        return fail(ROLE, error)
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_child(executor, RelayChannels, run))

@@ -2,6 +2,9 @@
 
 import sys
 
-from frontend.process import start
+import frontend
+from frontend.process import run
+from ipc.config import FrontendChannels
+from ipc.lifetime import run_child
 
-sys.exit(start(sys.argv[1:]))
+sys.exit(run_child(frontend, FrontendChannels, run))

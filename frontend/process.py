@@ -6,7 +6,6 @@ Started by the launcher (`python -m frontend --start-fd N`) on a socket that all
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import gc
@@ -25,7 +24,6 @@ import uvicorn
 import uvloop
 
 import frontend
-import ipc
 from frontend.api_keys import ApiKeyGuard
 from frontend.client import AsyncClient
 from frontend.digests import collect_digests
@@ -36,11 +34,11 @@ from frontend.service import Service
 from frontend.tokenizer import Tokenizer
 from ipc.auth import has_client_keys
 from ipc.clock import now_ns
-from ipc.config import EngineConfig, FrontendChannels, HttpConfig, read_start
+from ipc.config import EngineConfig, FrontendChannels, HttpConfig
 from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError, TandemError, UnavailableError
 from ipc.fault import read_fault
-from ipc.lifetime import check_one_place, enter_process, fail, raise_file_limit
+from ipc.lifetime import check_one_place, fail, raise_file_limit
 from ipc.logs import LogConfig, configure_logs
 from ipc.trace import Act, Trace, Track, open_trace
 
@@ -185,7 +183,6 @@ def _run(service: Coroutine[None, None, None], log: LogConfig) -> int:
 
 def run(config: EngineConfig, channels: FrontendChannels) -> int:
     """The process that the launcher starts; returns its exit code."""
-    enter_process("frontend", channels.parent_pipe, ipc, frontend)
     fault, trace = read_fault("frontend", channels.life), open_trace(channels.trace)
     on_frame = fault.strike if fault.kind else None
     keys = config.auth_keys if has_client_keys(config.auth_keys) else None
@@ -211,13 +208,6 @@ def _record_fan_out(trace: Trace, track: int, start_ns: int, rows: int) -> None:
     trace.span(track, Act.FAN_OUT, start_ns, now_ns(), 0, rows)
 
 
-def start(argv: Sequence[str]) -> int:
-    """`python -m frontend --start-fd N`: what the launcher runs."""
-    parser = argparse.ArgumentParser(prog="frontend")
-    parser.add_argument("--start-fd", type=int, required=True)
-    return run(*read_start(parser.parse_args(argv).start_fd, EngineConfig, FrontendChannels))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `engine-frontend`: one more HTTP server for a scheduler that runs already."""
     from frontend import flag_groups, flags
@@ -235,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(argv)
         digests = collect_digests(options.api_key, options.api_key_file, os.environ)
-        check_one_place(ipc, frontend)
+        check_one_place(frontend)
         raise_file_limit()
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         config = flags.http_config(options, digests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
 
@@ -15,9 +15,6 @@ from ipc.schema import ModelCard
 
 RING_SLOTS: Final = 4  # more than any depth: a slot is reused only after its step has retired
 MAX_DEPTH: Final = 3
-
-ConfigT = TypeVar("ConfigT")
-ChannelsT = TypeVar("ChannelsT")
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,9 +97,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return ResultLayout(self.limits.max_results, self.card.max_logprobs)
 
 
-class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
-    """Inherited by an executor rank. File descriptors, and the scheduler's control endpoint."""
+class Channels(msgspec.Struct, frozen=True, kw_only=True):
+    """Inherited by a child of the launcher: file descriptors and endpoints."""
 
+    name: ClassVar[str]
+    parent_pipe: int  # reads end-of-file when the launcher dies
+
+    @property
+    def role(self) -> str:
+        """What the process is called in ps and in its errors."""
+        return self.name
+
+
+class ExecutorChannels(Channels, frozen=True, kw_only=True):
+    """Inherited by an executor rank."""
+
+    name = "executor"
     epoch: int  # counts lives of scheduler and executor together: plans of an earlier one are not run
     rank: int = 0  # of `EngineConfig.ranks`, all of which read the same plans
     place: int = 0  # among the ranks of its node: which device, and which reader of the ring
@@ -112,19 +122,18 @@ class ExecutorChannels(msgspec.Struct, frozen=True, kw_only=True):
     plan_bell: int
     result_ring: int
     result_bell: int
-    control: str
+    control: str  # the scheduler's endpoint
     trace: int = -1  # memory of the step trace; -1: nothing is traced
-    parent_pipe: int  # reads end-of-file when the launcher dies
 
     @property
     def role(self) -> str:
-        """What the process is called in ps and in its errors."""
-        return f"executor {self.rank}" if self.rank else "executor"
+        return f"{self.name} {self.rank}" if self.rank else self.name
 
 
-class RelayChannels(msgspec.Struct, frozen=True, kw_only=True):
+class RelayChannels(Channels, frozen=True, kw_only=True):
     """Inherited by the relay, which stands for the ranks on other nodes."""
 
+    name = "relay"
     epoch: int
     place: int  # which reader of the plan ring
     plan_ring: int
@@ -133,12 +142,12 @@ class RelayChannels(msgspec.Struct, frozen=True, kw_only=True):
     control: str
     listener: int  # bound and listening at `EngineConfig.nodes_endpoint`
     store: str  # as for a rank
-    parent_pipe: int
 
 
-class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
+class SchedulerChannels(Channels, frozen=True, kw_only=True):
     """Inherited by the scheduler."""
 
+    name = "scheduler"
     plan_ring: int
     plan_bells: tuple[int, ...]  # one for each reader: ranks, and the relay
     result_ring: int
@@ -146,21 +155,23 @@ class SchedulerChannels(msgspec.Struct, frozen=True, kw_only=True):
     frontend: str  # endpoint to bind
     control: str  # endpoint to bind
     trace: int = -1
-    parent_pipe: int
     life: int = 0  # how many schedulers of this engine came before; their frontends come back
     epoch: int = 0  # executors of earlier ones have ended
 
 
-class FrontendChannels(msgspec.Struct, frozen=True, kw_only=True):
+class FrontendChannels(Channels, frozen=True, kw_only=True):
     """Inherited by a serving frontend that the launcher started."""
 
+    name = "frontend"
     directory: str  # endpoint to connect to: it says where the schedulers are
     listen_fd: int  # the bound HTTP socket, shared by all frontends
     ready_bell: int  # rung once when this frontend can serve
     index: int = 0  # which frontend of this engine
     trace: int = -1
-    parent_pipe: int
     life: int = 0  # how many frontends were restarted before
+
+
+ChannelsT = TypeVar("ChannelsT", bound=Channels)
 
 
 class ProcessStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,9 +191,10 @@ def write_start(config: msgspec.Struct, channels: msgspec.Struct) -> int:
     return fd
 
 
-def read_start(fd: int, config: type[ConfigT], channels: type[ChannelsT]) -> tuple[ConfigT, ChannelsT]:
+def read_start(fd: int, channels: type[ChannelsT]) -> tuple[EngineConfig, ChannelsT]:
     """The other end of `write_start`; closes `fd`."""
     with mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ) as memory:
         start = msgspec.msgpack.decode(memory[:], type=ProcessStart)
     os.close(fd)
-    return msgspec.convert(start.config, config, strict=False), msgspec.convert(start.channels, channels, strict=False)
+    config = msgspec.convert(start.config, EngineConfig, strict=False)
+    return config, msgspec.convert(start.channels, channels, strict=False)

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from executor.__main__ import main
+import executor
+from executor.__main__ import run
 from executor.step import StepRunner
+from ipc.config import ExecutorChannels
 from ipc.frames import PlanWord
+from ipc.lifetime import run_child
 
 _FAILS_AT = 3
 _run: Any = StepRunner.run
@@ -30,7 +33,7 @@ def _faulty_run(self: StepRunner, header: Any, poison: bool, staged: torch.Tenso
 
 if __name__ == "__main__":
     StepRunner.run = _faulty_run  # type: ignore[method-assign]
-    code = main()
+    code = run_child(executor, ExecutorChannels, run)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -361,11 +361,12 @@ def test_restarts_are_limited_and_the_first_traceback_comes_last(folder: Path) -
         assert engine.stderr[-1] == "RuntimeError: ENGINE_FAULT: raised at step 3"
 
 
-def test_a_fault_of_the_user_in_a_child_is_one_line_and_code_2(folder: Path) -> None:
-    with launched(folder, env={"ENGINE_FAULT": "executor:bogus"}, ready=False) as engine:
+@pytest.mark.parametrize("role", ["executor", "scheduler", "frontend"])
+def test_a_fault_of_the_user_in_a_child_is_one_line_and_code_2(folder: Path, role: str) -> None:
+    with launched(folder, env={"ENGINE_FAULT": f"{role}:bogus"}, ready=False) as engine:
         assert engine.wait() == 2
         assert len(engine.stderr) == 1
-        assert engine.stderr[0].startswith("executor: error: ENGINE_FAULT: ")
+        assert engine.stderr[0].startswith(f"{role}: error: ENGINE_FAULT: ")
 
 
 def test_a_hung_executor_is_noticed_dumped_and_replaced(folder: Path) -> None:
