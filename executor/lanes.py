@@ -15,7 +15,6 @@ streams that execute at once and events that only remember the time.
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
+from executor.copies import queue_copy
 from executor.timeline import DeviceClock, DeviceSpans, StepEvents
 
 Step = Callable[[torch.Tensor, torch.Tensor], None]  # (device input bytes, device output bytes)
@@ -61,8 +61,6 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         stream: Any = torch.cuda.Stream
         self.h2d, self.compute, self.d2h = stream(device), stream(device), stream(device)
-        self._copy = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync
-        self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
     def event(self, *, timing: bool) -> Event:
         make: Any = torch.cuda.Event
@@ -73,10 +71,7 @@ class CudaStreams:
         torch.cuda.set_stream(stream)  # a context manager would cost 15 us
 
     def copy(self, into: torch.Tensor, source: torch.Tensor, nbytes: int, stream: torch.cuda.Stream) -> None:
-        """torch's own copy would ask the driver what kind of memory each end is: 30 us."""
-        status = self._copy(into.data_ptr(), source.data_ptr(), nbytes, stream.cuda_stream)
-        if status:
-            raise RuntimeError(f"copying {nbytes} bytes failed with CUDA error {status}")
+        queue_copy(into, source, nbytes, stream)
 
 
 class InlineEvent:

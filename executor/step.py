@@ -6,11 +6,12 @@ work does not grow with the batch, and it never waits for the device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
+from executor.copies import queue_copy
 from executor.graphs import StepGraphs
 from executor.inputs import (
     PlanHeader,
@@ -32,6 +33,7 @@ from ipc.results import RESULT_HEADER_BYTES, ResultLayout
 if TYPE_CHECKING:
     from executor.unpack_kernel import Unpack
 
+_current_stream: Final[Any] = torch.cuda.current_stream  # untyped
 _TIMED_CONTEXT: Final = 1024  # tokens of the rows on which ways to run a step are timed
 
 
@@ -88,7 +90,7 @@ class StepRunner:
             logits[0].fill_(float("nan"))
         if graph is not None and not flags:
             graph.greedy.replay()
-            self._column(output, self._layout.token, rows).copy_(graph.token[:rows])
+            queue_copy(self._column(output, self._layout.token, rows), graph.token, 4 * rows, _current_stream())
         else:
             row_sample = plan.column("row_sample", rows)
             row_slot, kv_len = inputs.row_slot[:rows], inputs.kv_len[:rows]
