@@ -4,14 +4,16 @@ what came for the test to read, and sends what the test, or its `on_admit` scrip
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
 import zmq
 
+from frontend import AsyncClient, Chunk
 from ipc.schema import (
     PROTOCOL_VERSION,
     Admit,
@@ -29,10 +31,12 @@ from ipc.schema import (
     encode,
 )
 from ipc.sockets import EndpointDirectory, bind_router
+from tests.frontend.tokenizers_for_tests import byte_level_tokenizer
 
 WAIT_S = 10.0
 RUNNING, STOP, LENGTH = FinishReason.RUNNING, FinishReason.STOP, FinishReason.LENGTH
 MessageT = TypeVar("MessageT", bound=Message)
+Script = Callable[[Admit], Iterable[Message]]
 
 
 def card(path: str = "", **changes: Any) -> ModelCard:
@@ -191,3 +195,51 @@ class ScriptedScheduler:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:  # the peer left after it asked
                 raise
+
+
+def run(work: Coroutine[Any, Any, Any]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(3 * WAIT_S):
+            await work
+
+    asyncio.run(bounded())
+
+
+def with_client(
+    script: Script | None, body: Callable[[ScriptedScheduler, AsyncClient], Coroutine[Any, Any, Any]]
+) -> None:
+    """Run `body` with a connected client; afterwards nothing may be left open."""
+
+    async def main() -> None:
+        with ScriptedScheduler(on_admit=script) as scheduler:
+            async with AsyncClient(scheduler.endpoint, tokenizer=byte_level_tokenizer()) as client:
+                await body(scheduler, client)
+                assert client._replicas.open_sequences == 0
+
+    run(main())
+
+
+async def arrived(scheduler: ScriptedScheduler, kind: type[Any]) -> Any:
+    return await asyncio.to_thread(scheduler.expect, kind)
+
+
+async def until(condition: Any) -> None:
+    """The condition must come true by itself; the test's own limit bounds the wait."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def answer(text: str, finish: FinishReason = LENGTH, one_frame: bool = False) -> Script:
+    ids = byte_level_tokenizer().encode(text)
+
+    def script(admit: Admit) -> Iterable[Message]:
+        if one_frame:
+            return [whole_answer(admit, ids, finish)]
+        last = len(ids) - 1
+        return [tokens([(admit.request_id, t, finish if i == last else RUNNING)]) for i, t in enumerate(ids)]
+
+    return script
+
+
+async def collect(chunks: Any) -> list[Chunk]:
+    return [chunk async for chunk in chunks]

@@ -27,8 +27,18 @@ from ipc.schema import (
     pack_tokens,
     unpack_tokens,
 )
-from tests.frontend.scripted_scheduler import LENGTH, RUNNING, WAIT_S, ScriptedScheduler, card, stats, tokens
-from tests.frontend.test_session import arrived, run, until
+from tests.frontend.scripted_scheduler import (
+    LENGTH,
+    RUNNING,
+    WAIT_S,
+    ScriptedScheduler,
+    arrived,
+    card,
+    run,
+    stats,
+    tokens,
+    until,
+)
 
 
 def listed(*schedulers: ScriptedScheduler, first: int = 0) -> Members:

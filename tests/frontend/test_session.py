@@ -39,15 +39,19 @@ from ipc.schema import (
     pack_tokens,
     unpack_tokens,
 )
-from tests.frontend.scripted_scheduler import LENGTH, RUNNING, STOP, WAIT_S, ScriptedScheduler, card, stats, tokens
-
-
-def run(work: Coroutine[Any, Any, Any]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(3 * WAIT_S):
-            await work
-
-    asyncio.run(bounded())
+from tests.frontend.scripted_scheduler import (
+    LENGTH,
+    RUNNING,
+    STOP,
+    WAIT_S,
+    ScriptedScheduler,
+    arrived,
+    card,
+    run,
+    stats,
+    tokens,
+    until,
+)
 
 
 async def opened(scheduler: ScriptedScheduler, **patience: float) -> Session:
@@ -70,16 +74,6 @@ def with_session(body: Callable[[ScriptedScheduler, Session], Coroutine[Any, Any
 
 def flight(mailbox: Mailbox | None = None, **params: Any) -> Flight:
     return Flight(mailbox or Mailbox(True), 0, pack_tokens([1, 2]), SamplingParams(**params), 0, "")
-
-
-async def arrived(scheduler: ScriptedScheduler, kind: type[Any]) -> Any:
-    return await asyncio.to_thread(scheduler.expect, kind)
-
-
-async def until(condition: Any) -> None:
-    """The condition must come true by itself; the test's own limit bounds the wait."""
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 def test_hello_says_who_and_which_version() -> None:
