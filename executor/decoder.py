@@ -38,7 +38,7 @@ from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, r
 from executor.layer_launch import LayerLaunch
 from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
 from executor.measured import cache_path, read_choices, settle_choices
-from executor.peers import Peers, Place
+from executor.peers import LOGIT_ROWS, Peers, Place
 from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecognizedError
 from executor.shards import ShardedEmbedding
 
@@ -112,6 +112,11 @@ class FusedDecoder:
     @property
     def width(self) -> int:
         return self._weights.embedding.shape[1]
+
+    @property
+    def logits_share(self) -> int:
+        """Of the vocabulary, this rank's, if there are others with the rest."""
+        return 0 if self._weights.gathers is None else self._head.n
 
     def tune(self) -> None:
         """Choose the tiles of all linear layers for this GPU: seconds the first time, then read from disk."""
@@ -210,10 +215,15 @@ class FusedDecoder:
             self._add(Place.ATTENTION, few, self._o[i], attended, x, layer.mlp_norm, normed)
             hidden = product(self._gate_up[i], normed)
             self._add(Place.MLP, few, self._down[i], hidden, x, self._next_norm[i], normed)
-        logits = product(self._head, normed if last is None else normed[last])
-        if self._ranks is None or self._weights.gathers is None:
-            return logits
-        return self._ranks.gather(logits, self._weights.gathers)
+        return self._logits(few, normed if last is None else normed[last])
+
+    def _logits(self, few: bool, x: torch.Tensor) -> torch.Tensor:
+        peers, features = self.peers, self._weights.gathers
+        if few and features is not None and peers is not None and peers.share and len(x) <= LOGIT_ROWS:
+            self._skinny.send(self._head, x, peers.logits)
+            return peers.gather(len(x), features, self._pdl)
+        logits = self._skinny(self._head, x) if few else self._multiply(self._head, x)
+        return logits if self._ranks is None or features is None else self._ranks.gather(logits, features)
 
     def _multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, linear.weight, linear.bias)

@@ -182,7 +182,7 @@ def _open_peers(model: Model, decoder: FusedDecoder) -> None:
     if model.ranks is not None:
         reason = "as asked"
         if model.sums_by_peers:
-            decoder.peers, reason = open_peers(model.ranks, decoder.width, model.dtype)
+            decoder.peers, reason = open_peers(model.ranks, decoder.width, decoder.logits_share, model.dtype)
         model.notes.append(f"sums by NCCL: {reason}" if decoder.peers is None else "sums by peer memory")
 
 

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
-"""Triton kernels of what the GPUs of one host tell each other: rows to be summed on their way to the next norm.
+"""Triton kernels of what the GPUs of one host tell each other: rows to be summed on their way to the next norm, and
+each one's share of the logits.
 
 Launched by `executor.peers`; `send_tile` is the end of a product in `executor.linear_kernels`. Every rank writes its
-rows into the memory of all, its own included, and adds up what it finds in the order of the ranks, so every rank gets
-the same bits. A row travels in words of eight bytes, half of them numbers and half the turn: a word arrives as a whole,
+rows into the memory of all, its own included, and takes what it finds in the order of the ranks, so every rank gets the
+same bits. A row travels in words of eight bytes, half of them numbers and half the turn: a word arrives as a whole,
 so whoever sees the turn in all of them has the row, and nothing else need be told or asked for.
 """
 
@@ -34,6 +35,17 @@ def _message(half, turn):
 def _words(addresses, rank, place):
     """Where the words at `place`, in bytes, of a rank's memory are."""
     return tl.multiple_of((tl.load(addresses + rank) + place).to(tl.pointer_type(tl.int64)), 16)
+
+
+@triton.jit
+def _receive(words, inside, turn, patience):
+    """The numbers of words of this turn, int32; waits until they are there."""
+    found = tl.load(words, mask=inside, other=0, volatile=True)
+    looks = 0
+    while (tl.max((inside & ((found >> 32).to(tl.int32) != turn)).to(tl.int32), 0) != 0) & (looks != patience):
+        found = tl.load(words, mask=inside, other=0, volatile=True)
+        looks += 1
+    return found.to(tl.int32)
 
 
 @triton.jit
@@ -104,13 +116,52 @@ def sum_norm_kernel(
     summed = tl.zeros([width_pad], tl.float32)
     for peer in tl.static_range(size):
         mine = _words(addresses, rank, words_at + peer * sender_bytes) + at
-        found = tl.load(mine, mask=sent, other=0, volatile=True)
-        looks = 0
-        while (tl.max((sent & ((found >> 32).to(tl.int32) != turn)).to(tl.int32), 0) != 0) & (looks != patience):
-            found = tl.load(mine, mask=sent, other=0, volatile=True)
-            looks += 1
-        summed += _numbers(found.to(tl.int32), kind)
+        summed += _numbers(_receive(mine, sent, turn, patience), kind)
     tl.store(turns + turns_at + row, turn)
     store_normed(total + summed, g, x + at_row, normed + at_row, inside, eps, width)
     if pdl and not sends:
         gdc_wait()  # the kernel behind must not begin before the one ahead has ended
+
+
+@triton.jit(do_not_specialize=["features", "turns_at", "words_at", "patience"])
+def gather_kernel(
+    addresses,  # int64 [size]: the memory of each rank, its own one included
+    turns,  # int32, from `turns_at` on [pieces, most rows]: how often each piece of a row was gathered, all alike
+    out,  # [rows, features]
+    features,  # of all ranks together; what shares hold beyond is dropped
+    turns_at,
+    most_rows,
+    words_at,  # bytes into a memory: int64 [sender, most rows, share * itemsize / 4]
+    sender_bytes,
+    patience,  # as in `sum_norm_kernel`
+    rank: tl.constexpr,
+    size: tl.constexpr,
+    share: tl.constexpr,
+    block: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """out = the shares of all ranks side by side, which the kernel ahead of each has sent. A program has one piece of
+    each rank's share of a row."""
+    if pdl:
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    kind: tl.constexpr = out.dtype.element_ty
+    in_word: tl.constexpr = 32 // kind.primitive_bitwidth
+    words: tl.constexpr = share // in_word
+    length = tl.cdiv(words, tl.num_programs(1))
+    first = tl.program_id(1) * length
+    last = tl.minimum(first + length, words)
+    counter = turns + turns_at + tl.program_id(1) * most_rows + row
+    turn = tl.load(counter) + 1
+    for sender in tl.static_range(size):
+        mine = _words(addresses, rank, words_at + sender * sender_bytes) + row * words
+        for start in range(first, last, block):
+            word = start + tl.arange(0, block)
+            numbers = _numbers(_receive(mine + word, word < last, turn, patience), kind)
+            lane = start * in_word + tl.arange(0, block * in_word)
+            column = sender * share + lane
+            inside = (lane < last * in_word) & (column < features)
+            tl.store(out + row * features + column, numbers.to(kind), mask=inside)
+    tl.store(counter, turn)
+    if pdl:
+        gdc_wait()  # as above

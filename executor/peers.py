@@ -3,7 +3,8 @@
 Owns that memory. Made by `executor.model` for the fused decoder where it is possible and proves right at start; else
 sums are NCCL's. No multicast: where torch would set it up along with the memory, this is not used.
 
-Rows arrive in one of three places, taken in turn (the embedding's, those after attention, those after the MLP). A rank
+Rows arrive in one of three places, taken in turn (the embedding's, those after attention, those after the MLP), and at
+the end of a step each rank's share of the logits in a fourth. A rank
 writes to a place again only after it has got every peer's rows for the next place, and a peer sends those only when
 its kernels that read the first place are done: so nothing is overwritten while it is read, and nobody waits twice.
 """
@@ -21,12 +22,15 @@ import torch
 import triton
 
 from executor.layer_launch import LayerLaunch
-from executor.peer_kernels import sum_norm_kernel
+from executor.peer_kernels import gather_kernel, sum_norm_kernel
 from executor.ranks import Ranks
 
 _MULTICAST_OFF: Final = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 _MAX_BYTES: Final = 4 << 20  # of a rank's peers' rows in one sum; beyond, sharing the work out wins
 _MAX_ROWS: Final = 256
+LOGIT_ROWS: Final = 64  # whose logits are gathered; of more the memory would be large
+_PIECES: Final = 8  # of a row's logits, gathered by a program each
+_GATHER_BLOCK: Final = 1024  # words at once
 _PATIENCE: Final = 1 << 24  # seconds: while it is not known that the memory works, a start must not hang
 _FOR_EVER: Final = -1
 
@@ -51,14 +55,23 @@ class Peers:
     """This rank's end: where to write rows, and the kernel that sums all ranks' into the residual and norms it."""
 
     def __init__(
-        self, rank: int, memory: torch.Tensor, addresses: Sequence[int], *, rows: int, width: int, dtype: torch.dtype
+        self,
+        rank: int,
+        memory: torch.Tensor,
+        addresses: Sequence[int],
+        *,
+        rows: int,
+        width: int,
+        share: int,
+        dtype: torch.dtype,
     ) -> None:
-        """`memory` uint8, zeroed, as long as `bytes_of` says; `addresses`: where each rank's is, seen from here."""
+        """`memory` uint8, zeroed, as long as `bytes_of` says; `addresses`: where each rank's is, seen from here.
+        `share`: of the logits, 0 if they are not gathered."""
         self._rank, self._size = rank, len(addresses)
         self.max_rows, self._width = rows, width
         self._sender_bytes = _sender_bytes(rows, width, dtype)
         self._partial = torch.empty(rows, width, dtype=dtype, device=memory.device)
-        self._turns = torch.zeros(len(Place) * rows, dtype=torch.int32, device=memory.device)
+        self._turns = torch.zeros(len(Place) * rows + _PIECES * LOGIT_ROWS, dtype=torch.int32, device=memory.device)
         self._memory = memory
         self._kernel = LayerLaunch(sum_norm_kernel)
         self._addresses = torch.tensor(list(addresses), dtype=torch.int64, device=memory.device)
@@ -66,6 +79,11 @@ class Peers:
             Sink(self._addresses, self._turns, place * rows, (place * self._size + rank) * self._sender_bytes)
             for place in Place
         ]
+        self.share, self._share_bytes = share, _sender_bytes(LOGIT_ROWS, share, dtype)
+        self._logits_at = len(Place) * self._size * self._sender_bytes
+        self.logits = Sink(
+            self._addresses, self._turns, len(Place) * rows, self._logits_at + rank * self._share_bytes
+        )  # each rank's share, ahead of `gather`
         self.patience = _FOR_EVER
 
     def rows(self, count: int) -> torch.Tensor:
@@ -87,6 +105,17 @@ class Peers:
             place * self._size * self._sender_bytes, self._sender_bytes, self.patience,
         )  # fmt: skip
         self._kernel((len(x), 1, 1), arguments, _options(self._rank, self._size, self._width, sends, pdl))
+
+    def gather(self, rows: int, features: int, pdl: bool) -> torch.Tensor:
+        """[rows, features] of every rank's share, which each has written to `logits`."""
+        out = self._partial.new_empty(rows, features)
+        gather_kernel[rows, _PIECES](
+            self._addresses, self._turns, out, features, self.logits.turns_at, LOGIT_ROWS, self._logits_at,
+            self._share_bytes, self.patience,
+            rank=self._rank, size=self._size, share=self.share, block=_GATHER_BLOCK, pdl=pdl, num_warps=4,
+            launch_pdl=pdl,
+        )  # fmt: skip
+        return out
 
     def begin(self) -> None:
         """A new step."""
@@ -112,19 +141,19 @@ def _sender_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
     return rows * width * dtype.itemsize * 2
 
 
-def bytes_of(rows: int, width: int, dtype: torch.dtype, size: int) -> int:
+def bytes_of(rows: int, width: int, share: int, dtype: torch.dtype, size: int) -> int:
     """Memory of one rank."""
-    return len(Place) * size * _sender_bytes(rows, width, dtype)
+    return size * (len(Place) * _sender_bytes(rows, width, dtype) + _sender_bytes(LOGIT_ROWS, share, dtype))
 
 
-def open_peers(ranks: Ranks, width: int, dtype: torch.dtype) -> tuple[Peers | None, str]:
+def open_peers(ranks: Ranks, width: int, share: int, dtype: torch.dtype) -> tuple[Peers | None, str]:
     """The peers, or None and why not. All ranks come to the same answer."""
     rows = min(_MAX_ROWS, _MAX_BYTES // (width * dtype.itemsize * (ranks.size - 1)))
     reason = "" if os.environ.get(_MULTICAST_OFF) == "1" else f"{_MULTICAST_OFF}=1 is not set"
     peers = None
     if ranks.agree(not reason):
         try:
-            peers = _share(ranks, rows, width, dtype)
+            peers = _meet(ranks, rows, width, share, dtype)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if ranks.agree(peers is not None):
@@ -136,16 +165,16 @@ def open_peers(ranks: Ranks, width: int, dtype: torch.dtype) -> tuple[Peers | No
     return None, reason or "it does not work on another rank"
 
 
-def _share(ranks: Ranks, rows: int, width: int, dtype: torch.dtype) -> Peers:
+def _meet(ranks: Ranks, rows: int, width: int, share: int, dtype: torch.dtype) -> Peers:
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symmetric
 
     module: Any = symmetric  # untyped in part
-    memory = module.empty(bytes_of(rows, width, dtype, ranks.size), dtype=torch.uint8, device=ranks.device)
+    memory = module.empty(bytes_of(rows, width, share, dtype, ranks.size), dtype=torch.uint8, device=ranks.device)
     memory.zero_()
     torch.cuda.synchronize(ranks.device)
     shared = module.rendezvous(memory, dist.group.WORLD)
-    return Peers(ranks.rank, memory, shared.buffer_ptrs, rows=rows, width=width, dtype=dtype)
+    return Peers(ranks.rank, memory, shared.buffer_ptrs, rows=rows, width=width, share=share, dtype=dtype)
 
 
 def prove(peers: Peers, ranks: Ranks, patience: int = _PATIENCE) -> str:

@@ -96,7 +96,7 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     decoder = model.decoder
     assert decoder is not None
     if job.memories:
-        decoder.peers = _peers(ranks, job.memories, decoder.width)
+        decoder.peers = _peers(ranks, job.memories, decoder.width, decoder.logits_share)
     tokens: list[list[int]] = []
     logits: list[torch.Tensor] = []
     for ways in decoder.both_ways():
@@ -106,22 +106,23 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     return _answer(model, tokens, logits)
 
 
-def _peers(ranks: Ranks, memories: Sequence[int], width: int) -> Peers:
+def _peers(ranks: Ranks, memories: Sequence[int], width: int, share: int) -> Peers:
     """Peers on memory that works, as is proven of it, and of other memory is not."""
     from executor.peers import Peers, bytes_of, prove
 
-    size = bytes_of(PEER_ROWS, width, torch.float32, len(memories))
+    size = bytes_of(PEER_ROWS, width, share, torch.float32, len(memories))
     maps = []
     for fd in memories:
         os.ftruncate(fd, size)
         maps.append(torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8))
     addresses = [memory.data_ptr() for memory in maps]
     own = maps[ranks.rank]
-    deaf = Peers(ranks.rank, own, [own.data_ptr()] * len(maps), rows=1, width=width, dtype=torch.float32)
+    sizes: dict[str, Any] = {"width": width, "share": share, "dtype": torch.float32}
+    deaf = Peers(ranks.rank, own, [own.data_ptr()] * len(maps), rows=1, **sizes)
     assert "sums differ from NCCL's" in prove(deaf, ranks, patience=10)
     own.zero_()  # rows have arrived in it
     ranks.agree(True)
-    peers = Peers(ranks.rank, own, addresses, rows=PEER_ROWS, width=width, dtype=torch.float32)
+    peers = Peers(ranks.rank, own, addresses, rows=PEER_ROWS, **sizes)
     assert prove(peers, ranks) == ""
     peers.patience = PATIENCE
     kept.append(maps)

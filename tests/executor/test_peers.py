@@ -20,10 +20,10 @@ ROWS, EPS = 3, 1e-6
 def test_a_rank_sums_what_it_has_with_what_it_was_sent(width: int, dtype: torch.dtype) -> None:
     from executor.peers import Peers, Place, bytes_of
 
-    size = bytes_of(ROWS, width, dtype, 2)
+    size = bytes_of(ROWS, width, 0, dtype, 2)
     memories = [torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     addresses = [memory.data_ptr() for memory in memories]
-    one, other = (Peers(i, memories[i], addresses, rows=ROWS, width=width, dtype=dtype) for i in range(2))
+    one, other = (Peers(i, memories[i], addresses, rows=ROWS, width=width, share=0, dtype=dtype) for i in range(2))
     random = torch.Generator().manual_seed(width)
     for place in (*Place, *Place):
         rows = torch.randn(2, ROWS, width, generator=random).to(dtype)
@@ -44,7 +44,7 @@ def test_a_rank_sums_what_it_has_with_what_it_was_sent(width: int, dtype: torch.
 
 
 @pytest.mark.parametrize("pdl", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="on a GPU"))])
-def test_products_are_sent_and_summed(pdl: bool) -> None:
+def test_products_are_sent_and_summed_or_gathered(pdl: bool) -> None:
     from executor.linear import Linear, SkinnyLinears, has_pdl
     from executor.peers import Peers, Place, bytes_of
 
@@ -52,12 +52,14 @@ def test_products_are_sent_and_summed(pdl: bool) -> None:
     dtype, width, inner = torch.bfloat16 if ON_GPU else torch.float32, 128, 256
     if pdl and not has_pdl(torch.device(DEVICE)):
         pytest.skip("needs programmatic dependent launch")
-    size = bytes_of(ROWS, width, dtype, 2)
-    memories = [torch.full((size,), 0, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    share = 192
+    size = bytes_of(ROWS, width, share, dtype, 2)
+    memories = [torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     addresses = [memory.data_ptr() for memory in memories]
-    ranks = [Peers(i, memories[i], addresses, rows=ROWS, width=width, dtype=dtype) for i in range(2)]
+    ranks = [Peers(i, memories[i], addresses, rows=ROWS, width=width, share=share, dtype=dtype) for i in range(2)]
     linears = [Linear((torch.randn(width, inner, device=DEVICE) / inner**0.5).to(dtype)) for _ in ranks]
-    skinny = SkinnyLinears(linears, torch.device(DEVICE))
+    heads = [Linear((torch.randn(share, inner, device=DEVICE) / inner**0.5).to(dtype)) for _ in ranks]
+    skinny = SkinnyLinears([*linears, *heads], torch.device(DEVICE))
     skinny.pdl = pdl
     for turn, place in enumerate((*Place, *Place, *Place)):
         rows = 1 + turn % ROWS
@@ -78,6 +80,14 @@ def test_products_are_sent_and_summed(pdl: bool) -> None:
             assert ((summed - total).norm() / total.norm()).item() < 8 * torch.finfo(dtype).eps
             assert ((normed - want).norm() / want.norm()).item() < 8 * torch.finfo(dtype).eps
         assert torch.equal(got[0][1], got[1][1]), "ranks disagree"
+        if place is Place.MLP:  # a step ends
+            for peers, head in zip(ranks, heads, strict=True):
+                skinny.send(head, inputs[0], peers.logits)
+            features = 2 * share - 30  # what the shares hold beyond is padding
+            logits = [peers.gather(rows, features, pdl) for peers in ranks]
+            want = torch.cat([inputs[0].double() @ head.weight.double().T for head in heads], 1)[:, :features]
+            assert ((logits[0] - want).norm() / want.norm()).item() < 8 * torch.finfo(dtype).eps
+            assert torch.equal(*logits), "ranks disagree"
 
 
 def add_norm(
