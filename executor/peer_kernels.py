@@ -123,7 +123,7 @@ def sum_norm_kernel(
         gdc_wait()  # the kernel behind must not begin before the one ahead has ended
 
 
-@triton.jit(do_not_specialize=["features", "turns_at", "words_at", "patience"])
+@triton.jit(do_not_specialize=["turns_at", "words_at", "patience"])
 def gather_kernel(
     addresses,  # int64 [size]: the memory of each rank, its own one included
     turns,  # int32, from `turns_at` on [pieces, most rows]: how often each piece of a row was gathered, all alike
@@ -148,9 +148,10 @@ def gather_kernel(
     kind: tl.constexpr = out.dtype.element_ty
     in_word: tl.constexpr = 32 // kind.primitive_bitwidth
     words: tl.constexpr = share // in_word
-    length = tl.cdiv(words, tl.num_programs(1))
-    first = tl.program_id(1) * length
-    last = tl.minimum(first + length, words)
+    tl.static_assert(words % 16 == 0)
+    length = tl.cdiv(words, tl.num_programs(1) * 16) * 16
+    first = tl.multiple_of(tl.program_id(1) * length, 16)
+    last = tl.multiple_of(tl.minimum(first + length, words), 16)
     counter = turns + turns_at + tl.program_id(1) * most_rows + row
     turn = tl.load(counter) + 1
     for sender in tl.static_range(size):
