@@ -25,6 +25,7 @@ from scheduler.state import SchedulerState
 
 Int32 = npt.NDArray[np.int32]
 _EMPTY: Final = np.empty(0, np.int32)
+_NO_BLOCKS: Final = np.empty((3, 0), np.int32)
 _FOREVER: Final = 2**31 - 1
 MAX_ADMITS: Final = 32  # in one plan: each costs 20 us, and a burst of them must not outlast the step in flight
 
@@ -91,7 +92,8 @@ def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
         running = _eligible(state)
         computed = slots.computed[running]
         ready = (computed >= slots.prefill_end[running]) & (computed + 1 < slots.limit[running])
-        ready &= _may_sample(slots, running, draft.grammar_room)
+        if slots.num_constrained:
+            ready &= _may_sample(slots, running, draft.grammar_room)
         decode = running[ready][: draft.budget]
         need = decode[slots.num_blocks[decode] * block_size <= slots.computed[decode]]
         if len(need) <= state.pool.num_free:
@@ -105,7 +107,8 @@ def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
         draft.add_blocks(need, index, blocks)
     draft.budget -= len(decode)
     draft.results -= len(decode)
-    draft.grammar_room -= int(np.count_nonzero(slots.constrained[decode]))
+    if slots.num_constrained:
+        draft.grammar_room -= int(np.count_nonzero(slots.constrained[decode]))
     return decode
 
 
@@ -223,47 +226,45 @@ def _count_extras(state: SchedulerState, request: Request) -> tuple[int, int]:
 
 def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
     slots = state.slots
-    prefill = np.array(draft.prefill_slots, np.int32)
-    lens = np.array(draft.prefill_lens, np.int32)
-    start = slots.computed[prefill]
-    row_slot = np.concatenate((decode, prefill))
-    query_len = np.concatenate((np.ones(len(decode), np.int32), lens))
-    sample = np.concatenate((np.ones(len(decode), np.int32), start + lens == slots.prefill_end[prefill]))
-    chunks = [
-        slots.tokens[s, a : a + n] for s, a, n in zip(draft.prefill_slots, start, draft.prefill_lens, strict=True)
-    ]
-    blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else np.empty((3, 0), np.int32)
+    row_slot, query_len, sample, tokens = _rows(slots, draft, decode)
+    blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else _NO_BLOCKS
     flags = PlanFlag(int(np.bitwise_or.reduce(slots.features[row_slot])))
     scores = _score_columns(state, draft, len(decode)) if draft.scores else _NO_SCORES
     if draft.scores:
         flags |= PlanFlag.LOGPROBS
-    grammar_row = np.flatnonzero(sample & slots.constrained[row_slot]).astype(np.int32)
+    grammar_row, masks = _EMPTY, _EMPTY
+    if slots.num_constrained:
+        grammar_row = np.flatnonzero(sample & slots.constrained[row_slot]).astype(np.int32)
     if len(grammar_row):
         flags |= PlanFlag.GRAMMAR
         slots.runnable[row_slot[grammar_row]] = False  # until the mask after the token that this step samples
+        masks = _masks(state, row_slot[grammar_row])
+    if not state.was_idle:
+        flags |= PlanFlag.CONTINUES
+    kv_len = slots.computed[row_slot] + query_len
     state.seq += 1
     state.histograms.observe(Distribution.STEP_TOKENS, state.limits.max_tokens - draft.budget)
     plan = Plan(
         seq=state.seq,
         epoch=state.epoch,
-        flags=flags if state.was_idle else flags | PlanFlag.CONTINUES,
+        flags=flags,
         num_decode=len(decode),
         max_query_len=int(query_len.max()),
-        max_kv_len=int((slots.computed[row_slot] + query_len).max()),
+        max_kv_len=int(kv_len.max()),
         row_slot=row_slot,
         row_query_len=query_len,
-        row_sample=sample.astype(np.int32),
-        prefill_token=np.concatenate(chunks) if chunks else _EMPTY,
+        row_sample=sample,
+        prefill_token=tokens,
         block_slot=blocks[0],
         block_index=blocks[1],
         block_id=blocks[2],
         score_index=scores[0],
         score_token=scores[1],
         grammar_row=grammar_row,
-        grammar_word=_masks(state, row_slot[grammar_row]),
+        grammar_word=masks,
         **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
     )
-    slots.computed[row_slot] += query_len
+    slots.computed[row_slot] = kv_len
     state.was_idle = False
     state.inflight.append(
         PlanRecord(
@@ -277,6 +278,23 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         )
     )
     return plan
+
+
+def _rows(slots: SlotTable, draft: _Draft, decode: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+    """Slot, query length and whether it samples of each row [rows], and the tokens of prefill rows."""
+    ones = slots.ones[: len(decode)]
+    if not draft.prefill_slots:
+        return decode, ones, ones, _EMPTY
+    prefill, lens = np.array(draft.prefill_slots, np.int32), np.array(draft.prefill_lens, np.int32)
+    start = slots.computed[prefill]
+    ends = start + lens == slots.prefill_end[prefill]
+    chunks = [slots.tokens[s, a : a + n] for s, a, n in zip(prefill, start, lens, strict=True)]
+    return (
+        np.concatenate((decode, prefill)),
+        np.concatenate((ones, lens)),
+        np.concatenate((ones, ends.astype(np.int32))),
+        np.concatenate(chunks),
+    )
 
 
 def _score_columns(state: SchedulerState, draft: _Draft, num_decode: int) -> Int32:

@@ -18,6 +18,11 @@ from scheduler.metrics import observe_tokens
 from scheduler.state import SchedulerState
 
 _NO_ROWS: Final = np.empty(0, np.int64)
+# As numpy takes them at once, which of an enum it does not.
+_RUNNING, _STOP, _LENGTH, _INVALID_LOGITS = (
+    np.uint8(reason)
+    for reason in (FinishReason.RUNNING, FinishReason.STOP, FinishReason.LENGTH, FinishReason.INVALID_LOGITS)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,11 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
     record = state.inflight.popleft()
     slots = state.slots
     alive = record.sample & (slots.generation[record.slots] == record.generation)
-    rows = np.flatnonzero(alive)
+    rows = alive.nonzero()[0]
     slot, token = record.slots[rows], result.token[rows]
     finish = _append(state, slot, token)
-    _want_masks(state, slot[finish == FinishReason.RUNNING])
+    if slots.num_constrained:
+        _want_masks(state, slot[finish == _RUNNING])
     observe_tokens(state.histograms, slots, slot, now_ns())
     score_rows, scored = _score(state, record)
     delivery = Delivery(
@@ -62,14 +68,14 @@ def retire(state: SchedulerState, result: Result) -> Delivery:
         score_request_id=slots.request_id[scored],
         score_result_row=score_rows,
     )
-    for i in np.flatnonzero(finish).tolist():
+    for i in finish.nonzero()[0].tolist():
         request = slots.request[int(slot[i])]
         assert request is not None
         state.complete(request, FinishReason(int(finish[i])))
     state.end_trial()
     state.depth.observe(result.device_ns)
     state.counters.add_step(result, continues=bool(record.flags & PlanFlag.CONTINUES))
-    state.counters.generation_tokens += int(np.count_nonzero(finish != FinishReason.INVALID_LOGITS))
+    state.counters.generation_tokens += int(np.count_nonzero(finish != _INVALID_LOGITS))
     state.counters.overshoot_rows += int(np.count_nonzero(record.sample)) - len(rows)
     state.was_idle = not state.has_work
     return delivery
@@ -123,12 +129,12 @@ def _append(state: SchedulerState, slot: npt.NDArray[np.int32], token: npt.NDArr
     valid = token >= 0
     slots.tokens[slot[valid], known[valid]] = token[valid]
     slots.known[slot] = known + valid
-    finish = np.where(known + 1 >= slots.limit[slot], FinishReason.LENGTH, FinishReason.RUNNING).astype(np.uint8)
-    finish[state.is_eos(token) & slots.eos_stops[slot]] = FinishReason.STOP
-    for i in np.flatnonzero(slots.has_stop_ids[slot]).tolist():
+    finish = np.where(known + 1 >= slots.limit[slot], _LENGTH, _RUNNING)
+    finish[state.is_eos(token) & slots.eos_stops[slot]] = _STOP
+    for i in slots.has_stop_ids[slot].nonzero()[0].tolist():
         request = slots.request[int(slot[i])]
         assert request is not None
         if int(token[i]) in request.stop_ids:
-            finish[i] = FinishReason.STOP
-    finish[~valid] = FinishReason.INVALID_LOGITS
+            finish[i] = _STOP
+    finish[~valid] = _INVALID_LOGITS
     return finish

@@ -39,7 +39,9 @@ class SlotTable:
         self.last_token_ns = np.zeros(n, np.int64)  # 0: none yet
         self.tokens = np.zeros((n, limits.max_seq_len), np.int32)
         self.block_table = np.zeros((n, limits.max_blocks_per_seq), np.int32)
+        self.ones = np.ones(n, np.int32)  # what decode rows have in common; never written to
         self.request: list[Request | None] = [None] * n
+        self.num_constrained = 0  # of the occupied slots; most steps have none and need not look
         self._free = list(range(n - 1, -1, -1))
 
     @property
@@ -59,6 +61,7 @@ class SlotTable:
         self.registered[slot] = computed // self.block_size
         self.features[slot] = int(request.features)
         self.constrained[slot] = bool(request.grammar)
+        self.num_constrained += bool(request.grammar)
         self.runnable[slot] = True
         self.eos_stops[slot] = not request.params.ignore_eos or bool(request.grammar)  # nothing follows its end
         self.has_stop_ids[slot] = bool(request.stop_ids)
@@ -83,6 +86,7 @@ class SlotTable:
         request.slot = -1
         self.request[slot] = None
         self.generation[slot] += 1
+        self.num_constrained -= bool(self.constrained[slot])
         self.running = self.running[self.running != slot]
         self._free.append(slot)
         blocks: list[int] = self.block_table[slot, : self.num_blocks[slot]].tolist()
