@@ -31,6 +31,7 @@ class Wire:
         self.plans = RingReader(channels.plan_ring, channels.place)
         self.results = RingWriter(channels.result_ring)
         self._plan_bell, self._result_bell = Doorbell(channels.plan_bell), Doorbell(channels.result_bell)
+        self._next_bells = [Doorbell(fd) for fd in channels.next_bells]
         self._next_result = self.results.head + 1
         self.publishes = channels.rank == 0  # the ring has one writer: what other ranks compute goes nowhere
         self._is_elsewhere = channels.rank != channels.place  # on another node than the scheduler
@@ -79,6 +80,8 @@ class Wire:
                 self.waited = True
                 self._plan_bell.wait(self._stop_read)
                 continue
+            for bell in self._next_bells:
+                bell.ring()
             words = payload[: 8 * PlanWord.OFFSETS].view("i8")
             self.plans.advance()
             if words[PlanWord.EPOCH] >= self._channels.epoch:

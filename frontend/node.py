@@ -85,8 +85,7 @@ class Session:
             raise ProtocolError(f"plan {frame.seq} of {len(frame.payload)} bytes, expected number {expected}")
         self.plans.begin(frame.seq)[: len(frame.payload)] = np.frombuffer(frame.payload, np.uint8)
         self.plans.publish(frame.seq)
-        for bell in self.lines.plan_bells:
-            bell.ring()
+        self.lines.plan_bells[0].ring()
 
     def signal(self, number: signal.Signals) -> None:
         for child in self.children.values():

@@ -136,7 +136,7 @@ class Lines:
         """The channels of the scheduler's life number `life`, whose first epoch this is, and the fds among them."""
         channels = SchedulerChannels(
             plan_ring=self.plan_ring,
-            plan_bells=tuple(bell.fd for bell in self.plan_bells),
+            plan_bell=self.plan_bells[0].fd,
             result_ring=self.result_ring,
             result_bell=self.result_bell.fd,
             frontend=self.frontend,
@@ -163,6 +163,7 @@ class Lines:
             store=self._store,
             plan_ring=self.plan_ring,
             plan_bell=self.plan_bells[place].fd,
+            next_bells=tuple(bell.fd for bell in self.plan_bells[2 * place + 1 : 2 * place + 3]),  # a binary tree
             result_ring=self.result_ring,
             result_bell=self.result_bell.fd,
             control=self.control,

@@ -120,6 +120,7 @@ class ExecutorChannels(Channels, frozen=True, kw_only=True):
     store: str = ""  # HOST:PORT of that listener, if there are ranks on other nodes
     plan_ring: int
     plan_bell: int
+    next_bells: tuple[int, ...] = ()  # of the readers that this one wakes for each plan
     result_ring: int
     result_bell: int
     control: str  # the scheduler's endpoint
@@ -149,7 +150,7 @@ class SchedulerChannels(Channels, frozen=True, kw_only=True):
 
     name = "scheduler"
     plan_ring: int
-    plan_bells: tuple[int, ...]  # one for each reader: ranks, and the relay
+    plan_bell: int  # of the first reader, who wakes others: ranks, and the relay
     result_ring: int
     result_bell: int
     frontend: str  # endpoint to bind

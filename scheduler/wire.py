@@ -24,7 +24,7 @@ class Wire:
         self.plans = RingWriter(channels.plan_ring)
         self.results = RingReader(channels.result_ring)
         self.result_bell = Doorbell(channels.result_bell)
-        self._plan_bells = [Doorbell(fd) for fd in channels.plan_bells]
+        self._plan_bell = Doorbell(channels.plan_bell)
         self._layout = config.result_layout
         self.quiet_since_ns = 0  # the last result, or the first plan after a rest: the age of a step counts from then
         self._inherited_seq = self.plans.head  # the last plan of the scheduler before this one
@@ -32,7 +32,7 @@ class Wire:
     def attach(self) -> None:
         """An executor begins."""
         self.results.skip()  # what was published before is not for this epoch
-        self.ring()  # a scheduler that died may have published a plan without doing so
+        self._plan_bell.ring()  # a scheduler that died may have published a plan without doing so
         self.quiet_since_ns = now_ns()
 
     @property
@@ -47,12 +47,7 @@ class Wire:
         seq = self.plans.head + 1
         write_plan(self.plans.begin(seq), plan)
         self.plans.publish(seq)
-        self.ring()
-
-    def ring(self) -> None:
-        """Wake the executor."""
-        for bell in self._plan_bells:
-            bell.ring()
+        self._plan_bell.ring()
 
     def next_result(self) -> Result | None:
         """The next result, valid until `give_back`; None if there is none. Raises ProtocolError for a broken frame."""

@@ -79,7 +79,7 @@ class Bench:
         self.frontend, self.control = (f"ipc://{folder}/{name}" for name in ("frontend", "control"))
         channels = SchedulerChannels(
             plan_ring=plan_ring,
-            plan_bells=tuple(Doorbell.create().fd for _ in range(self.config.ranks)),
+            plan_bell=Doorbell.create().fd,
             result_ring=result_ring,
             result_bell=Doorbell.create().fd,
             frontend=self.frontend,
