@@ -38,6 +38,7 @@ from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, r
 from executor.layer_launch import LayerLaunch
 from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
 from executor.measured import cache_path, read_choices, settle_choices
+from executor.peer_start import Senders
 from executor.peers import LOGIT_ROWS, Peers, Place
 from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecognizedError
 from executor.shards import ShardedEmbedding
@@ -110,13 +111,8 @@ class FusedDecoder:
             yield from (norm.gain for norm in norms if norm is not None)
 
     @property
-    def width(self) -> int:
-        return self._weights.embedding.shape[1]
-
-    @property
-    def logits_share(self) -> int:
-        """Of the vocabulary, this rank's, if there are others with the rest."""
-        return 0 if self._weights.gathers is None else self._head.n
+    def senders(self) -> Senders:
+        return Senders(self._skinny, self._down[0], self._head, self._weights.gathers)
 
     def tune(self) -> None:
         """Choose the tiles of all linear layers for this GPU: seconds the first time, then read from disk."""

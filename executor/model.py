@@ -177,12 +177,12 @@ def optimize_model(model: Model) -> None:
 
 
 def _open_peers(model: Model, decoder: FusedDecoder) -> None:
-    from executor.peers import open_peers
+    from executor.peer_start import open_peers
 
     if model.ranks is not None:
         reason = "as asked"
         if model.sums_by_peers:
-            decoder.peers, reason = open_peers(model.ranks, decoder.width, decoder.logits_share, model.dtype)
+            decoder.peers, reason = open_peers(model.ranks, decoder.senders)
         model.notes.append(f"sums by NCCL: {reason}" if decoder.peers is None else "sums by peer memory")
 
 

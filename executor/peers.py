@@ -1,17 +1,16 @@
 """Sums over the ranks of one host without a library: each GPU writes its rows into the memory of the others.
 
-Owns that memory. Made by `executor.model` for the fused decoder where it is possible and proves right at start; else
-sums are NCCL's. No multicast: where torch would set it up along with the memory, this is not used.
+Owns that memory. Made by `executor.peer_start` for the fused decoder where it is possible and proves right; else sums
+are NCCL's.
 
 Rows arrive in one of three places, taken in turn (the embedding's, those after attention, those after the MLP), and at
-the end of a step each rank's share of the logits in a fourth. A rank
-writes to a place again only after it has got every peer's rows for the next place, and a peer sends those only when
-its kernels that read the first place are done: so nothing is overwritten while it is read, and nobody waits twice.
+the end of a step each rank's share of the logits in a fourth. A rank writes to a place again only after it has got
+every peer's rows for the next place, and a peer sends those only when its kernels that read the first place are done:
+so nothing is overwritten while it is read, and nobody waits twice.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,16 +22,11 @@ import triton
 
 from executor.layer_launch import LayerLaunch
 from executor.peer_kernels import gather_kernel, sum_norm_kernel
-from executor.ranks import Ranks
 
-_MULTICAST_OFF: Final = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-_MAX_BYTES: Final = 4 << 20  # of a rank's peers' rows in one sum; beyond, sharing the work out wins
-_MAX_ROWS: Final = 256
 LOGIT_ROWS: Final = 64  # whose logits are gathered; of more the memory would be large
 _PIECES: Final = 8  # of a row's logits, gathered by a program each
 _GATHER_BLOCK: Final = 1024  # words at once
-_PATIENCE: Final = 1 << 24  # seconds: while it is not known that the memory works, a start must not hang
-_FOR_EVER: Final = -1
+FOR_EVER: Final = -1  # how patient a kernel is with its peers, once they are known to write
 
 
 class Place(IntEnum):
@@ -84,7 +78,7 @@ class Peers:
         self.logits = Sink(
             self._addresses, self._turns, len(Place) * rows, self._logits_at + rank * self._share_bytes
         )  # each rank's share, ahead of `gather`
-        self.patience = _FOR_EVER
+        self.patience = FOR_EVER
 
     def rows(self, count: int) -> torch.Tensor:
         """[count, width], to be written by the kernel ahead of `add_norm`, which sends them."""
@@ -144,68 +138,3 @@ def _sender_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
 def bytes_of(rows: int, width: int, share: int, dtype: torch.dtype, size: int) -> int:
     """Memory of one rank."""
     return size * (len(Place) * _sender_bytes(rows, width, dtype) + _sender_bytes(LOGIT_ROWS, share, dtype))
-
-
-def open_peers(ranks: Ranks, width: int, share: int, dtype: torch.dtype) -> tuple[Peers | None, str]:
-    """The peers, or None and why not. All ranks come to the same answer."""
-    rows = min(_MAX_ROWS, _MAX_BYTES // (width * dtype.itemsize * (ranks.size - 1)))
-    reason = "" if os.environ.get(_MULTICAST_OFF) == "1" else f"{_MULTICAST_OFF}=1 is not set"
-    peers = None
-    if ranks.agree(not reason):
-        try:
-            peers = _meet(ranks, rows, width, share, dtype)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        if ranks.agree(peers is not None):
-            assert peers is not None, "agreed"
-            wrong = prove(peers, ranks)
-            if ranks.agree(not wrong):
-                return peers, ""
-            reason = wrong
-    return None, reason or "it does not work on another rank"
-
-
-def _meet(ranks: Ranks, rows: int, width: int, share: int, dtype: torch.dtype) -> Peers:
-    import torch.distributed as dist
-    import torch.distributed._symmetric_memory as symmetric
-
-    module: Any = symmetric  # untyped in part
-    memory = module.empty(bytes_of(rows, width, share, dtype, ranks.size), dtype=torch.uint8, device=ranks.device)
-    memory.zero_()
-    torch.cuda.synchronize(ranks.device)
-    shared = module.rendezvous(memory, dist.group.WORLD)
-    return Peers(ranks.rank, memory, shared.buffer_ptrs, rows=rows, width=width, share=share, dtype=dtype)
-
-
-def prove(peers: Peers, ranks: Ranks, patience: int = _PATIENCE) -> str:
-    """Run every place twice, with few rows and many, and compare with NCCL; what is wrong, or nothing."""
-    random = torch.Generator(ranks.device).manual_seed(ranks.rank)
-    limit = 4 * torch.finfo(peers.rows(1).dtype).eps
-    _compile(peers, ranks)
-    wrong = ""
-    peers.patience = patience
-    for count in (1, peers.max_rows, 3, peers.max_rows):
-        for place in Place:
-            rows = peers.rows(count)
-            rows.copy_(torch.randn(rows.shape, generator=random, device=ranks.device))
-            expected = ranks.sum(rows.to(torch.float32, copy=True))
-            x = torch.zeros_like(rows)
-            normed = torch.empty_like(rows)
-            peers.add_norm(place, x, torch.ones_like(rows[0]), 1e-6, normed, sends=True, pdl=False)
-            root = expected.square().mean(1, keepdim=True).sqrt()
-            for ours, theirs in ((x, expected), (normed, expected / root)):
-                difference = ((ours.float() - theirs).norm() / theirs.norm()).item()
-                if not difference <= limit:  # to the end all the same: the other ranks sum with this one
-                    wrong = f"sums differ from NCCL's by {difference:.2g} of their norm, the limit is {limit:.2g}"
-    peers.patience = _FOR_EVER
-    return wrong
-
-
-def _compile(peers: Peers, ranks: Ranks) -> None:
-    """Run the kernel once without waiting for anyone, so that no rank waits while another one compiles."""
-    x = torch.zeros_like(peers.rows(1))
-    peers.patience = 0
-    for sends in (True, False):
-        peers.add_norm(Place.EMBEDDING, x, x[0], 1e-6, torch.empty_like(x), sends=sends, pdl=False)
-    x.sum().item()  # waits for the kernels
-    ranks.agree(True)

@@ -25,6 +25,7 @@ from tests.executor.fused_model import fused_model
 from tests.executor.paged_generate import engine_config, paged_generate
 
 if TYPE_CHECKING:
+    from executor.peer_start import Senders
     from executor.peers import Peers
 
 LIMIT_S = 300
@@ -96,7 +97,7 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     decoder = model.decoder
     assert decoder is not None
     if job.memories:
-        decoder.peers = _peers(ranks, job.memories, decoder.width, decoder.logits_share)
+        decoder.peers = _peers(ranks, job.memories, decoder.senders)
     tokens: list[list[int]] = []
     logits: list[torch.Tensor] = []
     for ways in decoder.both_ways():
@@ -106,10 +107,12 @@ def _generate(folder: Path, job: RankJob, device: torch.device, ranks: Ranks) ->
     return _answer(model, tokens, logits)
 
 
-def _peers(ranks: Ranks, memories: Sequence[int], width: int, share: int) -> Peers:
+def _peers(ranks: Ranks, memories: Sequence[int], senders: Senders) -> Peers:
     """Peers on memory that works, as is proven of it, and of other memory is not."""
-    from executor.peers import Peers, bytes_of, prove
+    from executor.peer_start import prove
+    from executor.peers import Peers, bytes_of
 
+    width, share = senders.linear.n, senders.share
     size = bytes_of(PEER_ROWS, width, share, torch.float32, len(memories))
     maps = []
     for fd in memories:
@@ -119,11 +122,11 @@ def _peers(ranks: Ranks, memories: Sequence[int], width: int, share: int) -> Pee
     own = maps[ranks.rank]
     sizes: dict[str, Any] = {"width": width, "share": share, "dtype": torch.float32}
     deaf = Peers(ranks.rank, own, [own.data_ptr()] * len(maps), rows=1, **sizes)
-    assert "sums differ from NCCL's" in prove(deaf, ranks, patience=10)
+    assert "sums differ from NCCL's" in prove(deaf, ranks, senders, patience=10)
     own.zero_()  # rows have arrived in it
     ranks.agree(True)
     peers = Peers(ranks.rank, own, addresses, rows=PEER_ROWS, **sizes)
-    assert prove(peers, ranks) == ""
+    assert prove(peers, ranks, senders) == ""
     peers.patience = PATIENCE
     kept.append(maps)
     return peers
