@@ -104,7 +104,11 @@ def _sums(peers: Peers, ranks: Ranks, counts: Sequence[int]) -> _Pairs:
         for place in Place:
             rows = peers.rows(count)
             rows.copy_(torch.randn(rows.shape, generator=random, device=ranks.device))
-            yield from _add_norm(peers, place, ranks.sum(rows.to(torch.float32, copy=True)), sends=True, pdl=False)
+            summed = ranks.sum(rows.to(torch.float32, copy=True))
+            x, gain, normed = _blank(rows)
+            peers.add_norm(place, x, gain, _EPS, normed, sends=True, pdl=False)
+            yield x, summed
+            yield normed, _normed(summed)
 
 
 def _products(peers: Peers, ranks: Ranks, senders: Senders, counts: Sequence[int]) -> _Pairs:
@@ -114,15 +118,18 @@ def _products(peers: Peers, ranks: Ranks, senders: Senders, counts: Sequence[int
     for count in counts:
         skinny.begin()
         peers.begin()
-
-        x = _inputs(linear, count, random)
-        summed = ranks.sum(F.linear(x, linear.weight).float())
-        skinny.send(linear, x, peers.sink(Place.MLP))
-        yield from _add_norm(peers, Place.MLP, summed, sends=False, pdl=skinny.pdl)
+        y = _inputs(linear, count, random)
+        summed = ranks.sum(F.linear(y, linear.weight).float())
+        x, gain, normed = _blank(peers.rows(count))
+        # As in a step, nothing stands between the product and what waits for its rows.
+        skinny.send(linear, y, peers.sink(Place.MLP))
+        peers.add_norm(Place.MLP, x, gain, _EPS, normed, sends=False, pdl=skinny.pdl)
+        yield x, summed
+        yield normed, _normed(summed)
         if senders.features is not None:
-            x = _inputs(head, count, random)
-            gathered = ranks.gather(F.linear(x, head.weight), senders.features)
-            skinny.send(head, x, peers.logits)
+            y = _inputs(head, count, random)
+            gathered = ranks.gather(F.linear(y, head.weight), senders.features)
+            skinny.send(head, y, peers.logits)
             yield peers.gather(count, senders.features, skinny.pdl), gathered.float()
 
 
@@ -131,10 +138,10 @@ def _inputs(linear: Linear, count: int, random: torch.Generator) -> torch.Tensor
     return x.to(linear.weight.dtype)
 
 
-def _add_norm(peers: Peers, place: Place, summed: torch.Tensor, *, sends: bool, pdl: bool) -> _Pairs:
-    """The sum of rows that are on their way, and its norm, by peers; `summed` float32 [rows, width] by NCCL."""
-    x = torch.zeros_like(peers.rows(len(summed)))
-    normed = torch.empty_like(x)
-    peers.add_norm(place, x, torch.ones_like(x[0]), _EPS, normed, sends=sends, pdl=pdl)
-    yield x, summed
-    yield normed, summed * torch.rsqrt(summed.square().mean(1, keepdim=True) + _EPS)
+def _blank(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A residual of zeros, a gain of ones, and room for normed rows."""
+    return torch.zeros_like(rows), torch.ones_like(rows[0]), torch.empty_like(rows)
+
+
+def _normed(rows: torch.Tensor) -> torch.Tensor:
+    return rows * torch.rsqrt(rows.square().mean(1, keepdim=True) + _EPS)
