@@ -20,8 +20,6 @@ def synthetic_plan(query_lens: list[int], num_decode: int, flags: PlanFlag) -> P
         epoch=0,
         flags=flags,
         num_decode=num_decode,
-        max_query_len=max(query_lens),
-        max_kv_len=max(query_lens),
         row_slot=np.arange(len(query_lens), dtype=np.int32),
         row_query_len=np.array(query_lens, np.int32),
         row_sample=np.ones(len(query_lens), np.int32),

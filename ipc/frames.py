@@ -54,12 +54,10 @@ class PlanWord(IntEnum):
     NUM_BLOCKS = 8
     NUM_BIAS = 9
     NUM_HISTORY = 10
-    MAX_QUERY_LEN = 11
-    MAX_KV_LEN = 12  # longest position + query_len of any row
-    NUM_SCORES = 13
-    NUM_GRAMMAR_ROWS = 14
-    NUM_GRAMMAR_WORDS = 15
-    OFFSETS = 16  # byte offset of each column, in the order of PLAN_COLUMNS
+    NUM_SCORES = 11
+    NUM_GRAMMAR_ROWS = 12
+    NUM_GRAMMAR_WORDS = 13
+    OFFSETS = 14  # byte offset of each column, in the order of PLAN_COLUMNS
 
 
 class PlanFlag(IntFlag):
@@ -193,8 +191,6 @@ class Plan:
     epoch: int
     flags: PlanFlag
     num_decode: int
-    max_query_len: int
-    max_kv_len: int
     # [rows] decode rows first
     row_slot: Int32
     row_query_len: Int32
@@ -240,7 +236,6 @@ def write_plan(payload: Bytes, plan: Plan) -> int:
     words = [0] * (_HEADER_BYTES // 8)  # a list: storing numbers into an array one by one takes twice as long
     words[PlanWord.SEQ], words[PlanWord.EPOCH], words[PlanWord.FLAGS] = plan.seq, plan.epoch, int(plan.flags)
     words[PlanWord.NUM_DECODE] = plan.num_decode
-    words[PlanWord.MAX_QUERY_LEN], words[PlanWord.MAX_KV_LEN] = plan.max_query_len, plan.max_kv_len
     offset = _HEADER_BYTES
     for i, (name, dtype, _, count_word) in enumerate(_COLUMNS, int(PlanWord.OFFSETS)):
         column = getattr(plan, name)
@@ -274,8 +269,6 @@ def read_plan(payload: Bytes) -> Plan:
         epoch=int(words[PlanWord.EPOCH]),
         flags=PlanFlag(int(words[PlanWord.FLAGS])),
         num_decode=int(words[PlanWord.NUM_DECODE]),
-        max_query_len=int(words[PlanWord.MAX_QUERY_LEN]),
-        max_kv_len=int(words[PlanWord.MAX_KV_LEN]),
         **columns,
     )
 

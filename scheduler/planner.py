@@ -241,7 +241,6 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         masks = _masks(state, row_slot[grammar_row])
     if not state.was_idle:
         flags |= PlanFlag.CONTINUES
-    kv_len = slots.computed[row_slot] + query_len
     state.seq += 1
     state.histograms.observe(Distribution.STEP_TOKENS, state.limits.max_tokens - draft.budget)
     plan = Plan(
@@ -249,8 +248,6 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         epoch=state.epoch,
         flags=flags,
         num_decode=len(decode),
-        max_query_len=int(query_len.max()),
-        max_kv_len=int(kv_len.max()),
         row_slot=row_slot,
         row_query_len=query_len,
         row_sample=sample,
@@ -264,7 +261,7 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         grammar_word=masks,
         **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
     )
-    slots.computed[row_slot] = kv_len
+    slots.computed[row_slot] += query_len
     state.was_idle = False
     state.inflight.append(
         PlanRecord(

@@ -116,12 +116,11 @@ def paged_state(contexts: Sequence[int], new_tokens: int, device: torch.device) 
 def step_inputs(contexts: Sequence[int], new_tokens: int, device: torch.device) -> tuple[StepInputs, int]:
     """Inputs of a step that adds `new_tokens` to rows of `contexts`, as the executor builds them; and their pages."""
     state, limits, pages = paged_state(contexts, new_tokens, device)
-    rows, longest = len(contexts), max(contexts) + new_tokens
+    rows = len(contexts)
     slots = torch.arange(rows, dtype=torch.int32, device=device)
     if new_tokens == 1:
         return build_decode_inputs(slots, torch.ones_like(slots), state), pages
     plan = synthetic_plan([new_tokens] * rows, 0, PlanFlag.NONE)
-    plan.max_kv_len = longest
     payload = np.zeros(limits.plan_bytes, np.uint8)
     used = write_plan(payload, plan)
     staged = StagedPlan(PlanHeader.read(payload), torch.from_numpy(payload[:used]).to(device))

@@ -184,7 +184,6 @@ class Driver:
                 sampled.append((row, sequence))
             else:
                 plan.row_sample[row] = 0
-        plan.max_kv_len = max(sequence.computed for sequence in rows)
         plan.block_slot, plan.block_index, plan.block_id = np.array(deltas, np.int32).reshape(-1, 3).T.copy()
         plan.admit_slot = np.array([sequence.slot for sequence in admits], np.int32)
         plan.admit_params = np.array([_params(sequence) for sequence in admits], np.int32).reshape(-1, Param.COUNT)

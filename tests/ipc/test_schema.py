@@ -68,7 +68,7 @@ def random_plan(rng: np.random.Generator, rows: int, prefill: int, blocks: int, 
     columns["bias_value"] = rng.random(extras, np.float32)
     columns["grammar_row"] = column(extras % (LIMITS.max_grammar_rows + 1))
     columns["grammar_word"] = column(len(columns["grammar_row"]) * LIMITS.mask_words)
-    return Plan(7, 3, PlanFlag.SAMPLE | PlanFlag.CONTINUES, rows, 5, 60, **columns)  # type: ignore[arg-type]
+    return Plan(7, 3, PlanFlag.SAMPLE | PlanFlag.CONTINUES, rows, **columns)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 8), st.integers(0, 32), st.integers(0, 24), st.integers(0, 8), st.integers(0, 40), st.integers(0))
