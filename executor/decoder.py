@@ -50,8 +50,6 @@ _GATE_BLOCK: Final = 1024
 _ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
 
-Product = Callable[[Linear, torch.Tensor], torch.Tensor]  # x @ weight.T; silu(gate) * up if gated
-
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -79,7 +77,8 @@ class FusedDecoder:
             _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
         self._weights, self._layers, self._backend, self._ranks = weights, layers, backend, weights.ranks
         self.peers: Peers | None = None  # sums of few rows, if they can be written to the other GPUs
-        self._has_pdl = self._pdl = has_pdl(device)
+        self._has_pdl = self._pdl = has_pdl(device)  # `_pdl` and `_few`: of the step that is launched
+        self._few = False
         _, self.ways = self.both_ways()
         self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
         self._o = [Linear(layer.o) for layer in weights.layers]
@@ -182,13 +181,14 @@ class FusedDecoder:
         last = None if inputs.decode_only else inputs.last_index
         # Rows and scores may be more than tokens.
         way = self.ways[_row_class(max(inputs.num_tokens, len(inputs.last_index)))]
-        self._pdl = self._skinny.pdl = way.pdl
+        self._few, self._pdl = way.few, way.pdl
+        self._skinny.pdl = way.pdl
         for launch in (self._rotate_kernel, self._add_norm_kernel, self._gate_kernel, self._skinny, self.peers):
             if launch is not None:
                 launch.begin()
         if way.few and self._ranks is None:
             return self._forward_few(inputs, last)
-        return self._forward_many(inputs, last, way.few)
+        return self._forward_many(inputs, last)
 
     def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         skinny = self._skinny
@@ -203,43 +203,45 @@ class FusedDecoder:
             scaled = Scaled(scaled.value[last], scaled.square[:, last].contiguous(), scaled.eps)
         return skinny(self._head, scaled)
 
-    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None, few: bool) -> torch.Tensor:
-        product: Product = self._skinny if few else self._multiply
+    def _forward_many(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         x, normed = self._embed_normed(inputs)
         for i, layer in enumerate(self._weights.layers):
-            attended = self._attend(i, product(self._qkv[i], normed), inputs)
-            self._add(Place.ATTENTION, few, self._o[i], attended, x, layer.mlp_norm, normed)
-            hidden = product(self._gate_up[i], normed)
-            self._add(Place.MLP, few, self._down[i], hidden, x, self._next_norm[i], normed)
-        return self._logits(few, normed if last is None else normed[last])
+            attended = self._attend(i, self._multiply(self._qkv[i], normed), inputs)
+            self._add(Place.ATTENTION, self._o[i], attended, x, layer.mlp_norm, normed)
+            hidden = self._multiply(self._gate_up[i], normed)
+            self._add(Place.MLP, self._down[i], hidden, x, self._next_norm[i], normed)
+        return self._logits(normed if last is None else normed[last])
 
-    def _logits(self, few: bool, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
         peers, features = self.peers, self._weights.gathers
-        if few and features is not None and peers is not None and peers.share and len(x) <= LOGIT_ROWS:
+        if self._ranks is None or features is None:
+            return self._multiply(self._head, x)
+        if self._few and peers is not None and len(x) <= LOGIT_ROWS:
             self._skinny.send(self._head, x, peers.logits)
             return peers.gather(len(x), features, self._pdl)
-        logits = self._skinny(self._head, x) if few else self._multiply(self._head, x)
-        return logits if self._ranks is None or features is None else self._ranks.gather(logits, features)
+        return self._ranks.gather(self._multiply(self._head, x), features)
 
     def _multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T; silu(gate) * up if gated."""
+        if self._few:
+            return self._skinny(linear, x)
         y = F.linear(x, linear.weight, linear.bias)
         return self._gate(y) if linear.gated else y
 
     def _add(
-        self, place: Place, few: bool, linear: Linear, y: torch.Tensor, x: torch.Tensor, norm: Norm,
-        normed: torch.Tensor,
-    ) -> None:  # fmt: skip
+        self, place: Place, linear: Linear, y: torch.Tensor, x: torch.Tensor, norm: Norm, normed: torch.Tensor
+    ) -> None:
         """x += y @ weight.T, summed over all ranks; normed = the norm of that."""
         peers = self.peers
         if peers is None or len(x) > peers.max_rows:
-            partial = self._skinny(linear, y) if few else self._multiply(linear, y)
+            partial = self._multiply(linear, y)
             self._add_norm(x, partial if self._ranks is None else self._ranks.sum(partial), norm, normed)
             return
-        if few:
+        if self._few:
             self._skinny.send(linear, y, peers.sink(place))
         else:
             torch.mm(y, linear.weight.t(), out=peers.rows(len(x)))
-        peers.add_norm(place, x, norm.gain, norm.eps, normed, sends=not few, pdl=self._pdl)
+        peers.add_norm(place, x, norm.gain, norm.eps, normed, sends=not self._few, pdl=self._pdl)
 
     def _attend(self, index: int, qkv: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[tokens, q_heads * dim]"""

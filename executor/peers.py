@@ -73,7 +73,7 @@ class Peers:
             Sink(self._addresses, self._turns, place * rows, (place * self._size + rank) * self._sender_bytes)
             for place in Place
         ]
-        self.share, self._share_bytes = share, _sender_bytes(LOGIT_ROWS, share, dtype)
+        self._share, self._share_bytes = share, _sender_bytes(LOGIT_ROWS, share, dtype)
         self._logits_at = len(Place) * self._size * self._sender_bytes
         self.logits = Sink(
             self._addresses, self._turns, len(Place) * rows, self._logits_at + rank * self._share_bytes
@@ -106,7 +106,7 @@ class Peers:
         gather_kernel[rows, _PIECES](
             self._addresses, self._turns, out, features, self.logits.turns_at, LOGIT_ROWS, self._logits_at,
             self._share_bytes, self.patience,
-            rank=self._rank, size=self._size, share=self.share, block=_GATHER_BLOCK, pdl=pdl, num_warps=4,
+            rank=self._rank, size=self._size, share=self._share, block=_GATHER_BLOCK, pdl=pdl, num_warps=4,
             launch_pdl=pdl,
         )  # fmt: skip
         return out
