@@ -43,15 +43,13 @@ def fused_model(
     return model
 
 
-def check_logits(
-    theirs: Any, prompt: list[int], ids: list[int], ours: torch.Tensor, limit: float = LIMIT, margin: float = MARGIN
-) -> None:
+def check_logits(theirs: Any, prompt: list[int], ids: list[int], ours: torch.Tensor) -> None:
     """Forced along our own tokens, so that one close call does not change all that follows."""
     with torch.inference_mode():
         whole = torch.tensor([prompt + ids])
         want = theirs(whole.to(theirs.device)).logits[0, len(prompt) - 1 : -1].float().cpu()
-    assert ((ours - want).norm() / want.norm()).item() < limit
+    assert ((ours - want).norm() / want.norm()).item() < LIMIT
     best = want.topk(2).values
-    clear = best[:, 0] - best[:, 1] > margin
+    clear = best[:, 0] - best[:, 1] > MARGIN
     assert clear.any()
     assert torch.equal(torch.tensor(ids)[clear], want.argmax(-1)[clear])

@@ -63,12 +63,8 @@ def test_tokens_of_two_ranks_are_those_of_transformers(tmp_path: Path, device: s
         answers = [answers[place] for answers in ranks]
         assert "error" not in answers[0], f"{name}: {answers[0]}"
         assert answers[0]["tokens"] == answers[1]["tokens"], f"{name}: ranks disagree"
-        if device == "cpu":
-            expected = [expected_tokens(theirs[name], prompt)[:NEW_TOKENS] for prompt in prompts()]
-            assert answers[0]["tokens"] == expected, name
-        else:  # other kernels round otherwise, so that two logits may change places where they are as close as that
-            for prompt, ids, logits in zip(prompts(), answers[0]["tokens"], answers[0]["logits"], strict=True):
-                check_logits(theirs[name], prompt, ids, torch.tensor(logits), limit=1e-3, margin=1e-3)
+        expected = [expected_tokens(theirs[name], prompt)[:NEW_TOKENS] for prompt in prompts()]
+        assert answers[0]["tokens"] == expected, name
         whole = sum(parameter.numel() for parameter in theirs[name].parameters())
         if name in ("llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"):
             assert ranks[0][place]["held"] < 0.51 * whole, f"{name}: a rank of two holds more than half"
