@@ -1,6 +1,6 @@
 """Copies that the CUDA driver queues at once. torch's own asks first what kind of memory each end is: 30 us of a step.
 
-Called by the lanes and by the step runner, on the launch thread.
+Called by the lanes, on the launch thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """CUDA graphs of whole steps, captured before the engine is ready, replayed with padding.
 
-Two ladders: steps of decode rows only, by rows, and steps with prompt tokens, by tokens. Each size has two graphs: the
-model, and the greedy tail (argmax, carry-over). Steps whose rows need more than greedy replay the first and sample
-eagerly from its logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches
+Two ladders: steps of decode rows only, by rows, and steps with prompt tokens, by tokens. Each size has one graph: the
+model, and the greedy tail (argmax, carry-over), which writes the tokens to an address that it finds on the device. In
+steps whose rows need more than greedy that is 0, the tail does nothing, and the caller samples eagerly from the graph's
+logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches
 take, so that padding would only cost; or somebody asked for the log-probabilities of a prompt. Called by the step
 runner only; nothing is captured while serving.
 """
@@ -49,16 +50,14 @@ def token_ladder(max_tokens: int, parameters: int) -> list[int]:
 class StepGraph:
     """One size of a ladder. Tensors are static: a replay reads and writes the same memory."""
 
-    model: torch.cuda.CUDAGraph
-    greedy: torch.cuda.CUDAGraph
+    cuda_graph: torch.cuda.CUDAGraph
     inputs: StepInputs  # all that there is room for
-    logits: torch.Tensor  # [rows, vocab], valid from a replay of `model` to the next replay of any graph
-    token: torch.Tensor  # int32 [rows], of the greedy tail
+    logits: torch.Tensor  # [rows, vocab], valid from a replay to the next one of any graph
 
 
 class StepGraphs:
-    """Both ladders. `forward(inputs)` gives logits [rows, vocab]; `sample_greedy(inputs, logits)` gives tokens int32
-    [rows] and carries them over; both must be capturable."""
+    """Both ladders. `forward(inputs)` gives logits [rows, vocab]; `sample_greedy(logits, row_slot, address)` is as
+    `Sampler.sample_greedy`; both must be capturable."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class StepGraphs:
         parameters: int,
         compute: torch.cuda.Stream,
         forward: Callable[[StepInputs], torch.Tensor],
-        sample_greedy: Callable[[StepInputs, torch.Tensor], torch.Tensor],
+        sample_greedy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
     ) -> None:
         self._unpack, self._forward, self._sample_greedy = unpack, forward, sample_greedy
         self._pool: Any = torch.cuda.graph_pool_handle()
@@ -82,17 +81,18 @@ class StepGraphs:
         for room in tqdm(rooms, desc="capturing CUDA graphs", unit="graph", disable=None):
             self._graphs[room.decode_only, room.num_tokens] = self._capture(room)
 
-    def replay_model(self, plan: StagedPlan) -> StepGraph | None:
+    def replay(self, plan: StagedPlan, token_address: int) -> StepGraph | None:
         """Unpack the plan and run the model over its rows; None, and nothing is done, if it fits no graph.
 
-        They are the first rows of the returned graph; the others are padding.
+        They are the first rows of the returned graph; the others are padding. Unless `token_address` is 0, all of them
+        get their greedy token, which is carried over and written to the int32 column [max_rows] at that address.
         """
         size = self._size(plan.header)
         if size is None:
             return None
         graph = self._graphs[size]
-        self._unpack(plan, graph.inputs)
-        graph.model.replay()
+        self._unpack(plan, graph.inputs, token_address)
+        graph.cuda_graph.replay()
         return graph
 
     def _size(self, header: PlanHeader) -> tuple[bool, int] | None:
@@ -105,14 +105,17 @@ class StepGraphs:
     def _capture(self, inputs: StepInputs) -> StepGraph:
         with torch.cuda.stream(self._compute):
             self._unpack.clear(inputs)
-            self._sample_greedy(inputs, self._forward(inputs))  # compiles and warms up whatever this size needs
+            self._run(inputs)  # compiles and warms up whatever this size needs
         self._compute.synchronize()
-        model, greedy = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(model, pool=self._pool, stream=self._compute):
-            logits = self._forward(inputs)
-        with torch.cuda.graph(greedy, pool=self._pool, stream=self._compute):
-            token = self._sample_greedy(inputs, logits)
-        return StepGraph(model, greedy, inputs, _borrow(logits), token)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._compute):
+            logits = self._run(inputs)
+        return StepGraph(graph, inputs, _borrow(logits))
+
+    def _run(self, inputs: StepInputs) -> torch.Tensor:
+        logits = self._forward(inputs)
+        self._sample_greedy(logits, inputs.row_slot, self._unpack.token_address)
+        return logits
 
 
 def _mixed_room(unpack: Unpack, tokens: int, max_rows: int) -> StepInputs:

@@ -132,6 +132,16 @@ class Sampler:
             return Sampled(token)
         return _with_logprobs(token, logits, self._max_logprobs)
 
+    def sample_greedy(self, logits: torch.Tensor, row_slot: torch.Tensor, address: torch.Tensor) -> None:
+        """`sample` without flags, for CUDA graphs: nothing is returned, tokens go to where `address` int64 [1] says.
+
+        That is an int32 column with room for all rows of `logits` [rows, vocab_size]. If it is 0, nothing is chosen or
+        carried over.
+        """
+        from executor.sampler_kernels import choose_greedy  # Triton is not there on a machine without CUDA
+
+        choose_greedy(self.tables, logits, row_slot, address)
+
     def score(self, logits: torch.Tensor, token: torch.Tensor) -> Sampled:
         """How probable `token` int32 [scores] was by `logits` [scores, vocab_size]."""
         return _with_logprobs(token, logits, self._max_logprobs)

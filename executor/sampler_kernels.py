@@ -5,7 +5,8 @@
     best          scores, noise, argmax of a chunk                (rows, chunks)
     choose        argmax of the chunks, NaN check, carry-over, token counts   (rows)
 
-No shape, launch or branch of the host depends on data, so a step can be captured. A greedy step runs the last two.
+No shape, launch or branch of the host depends on data, so a step can be captured. A greedy step runs the last two. In
+a CUDA graph they find on the device where its tokens go, and return at once if nobody wants them.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -57,27 +58,46 @@ def choose_tokens(
     flags: PlanFlag,
 ) -> torch.Tensor:
     """int32 [rows]: the chosen token, INVALID_TOKEN where the logits hold a NaN. The contract of `Sampler.sample`."""
-    rows, vocab = logits.shape
-    device = logits.device
-    chunks = triton.cdiv(vocab, CHUNK)
+    rows = len(logits)
     x, threshold = logits, None
     filters = bool(flags & PlanFlag.SAMPLE and flags & PlanFlag.FILTER)
     if filters or flags & (PlanFlag.BIAS | PlanFlag.PENALTY):
         x, summary = prepare(tables, logits, row_slot, position)
         if filters:
             threshold = filter_threshold(tables, x, summary, row_slot)
-    best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
-    index = torch.empty(rows, chunks, dtype=torch.int32, device=device)
+    token = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    _choose(tables, token, False, x, threshold, row_slot, position, row_sample, flags)
+    return token
+
+
+def choose_greedy(tables: SlotTables, logits: torch.Tensor, row_slot: torch.Tensor, address: torch.Tensor) -> None:
+    """The contract of `Sampler.sample_greedy`."""
+    _choose(tables, address, True, logits, None, row_slot, None, None, PlanFlag.NONE)
+
+
+def _choose(
+    tables: SlotTables,
+    token: torch.Tensor,  # int32 [rows], written; if redirected, int64 [1] with the address of such a column, or 0
+    redirected: bool,
+    x: torch.Tensor,  # [rows, vocab], rows may be strided
+    threshold: torch.Tensor | None,  # float32 [rows]
+    row_slot: torch.Tensor,  # int [rows]
+    position: torch.Tensor | None,  # int [rows], to sample
+    row_sample: torch.Tensor | None,  # int32 [rows], to count tokens
+    flags: PlanFlag,
+) -> None:
+    rows, vocab = x.shape
+    chunks = triton.cdiv(vocab, CHUNK)
+    best = torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
+    index = torch.empty(rows, chunks, dtype=torch.int32, device=x.device)
     _best_kernel[(rows, chunks)](
-        best, index, x, x.stride(0), threshold, row_slot, position, tables.params, vocab,
-        bool(flags & PlanFlag.SAMPLE), threshold is not None, CHUNK, num_warps=8,
+        token, best, index, x, x.stride(0), threshold, row_slot, position, tables.params, vocab,
+        redirected, bool(flags & PlanFlag.SAMPLE), threshold is not None, CHUNK, num_warps=8,
     )  # fmt: skip
-    token = torch.empty(rows, dtype=torch.int32, device=device)
     _choose_kernel[(rows,)](
         token, tables.last_token, best, index, row_slot, row_sample, tables.params, tables.token_counts, vocab, chunks,
-        bool(flags & PlanFlag.PENALTY), triton.next_power_of_2(chunks), num_warps=1,
+        redirected, bool(flags & PlanFlag.PENALTY), triton.next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
-    return token
 
 
 def prepare(
@@ -174,6 +194,7 @@ def _log_exponential(token, k0, k1):
 
 @triton.jit
 def _best_kernel(
+    token_ptr,  # only if redirected: int64 [1], 0 = do nothing
     best_ptr,  # float32 [rows, chunks], written: the highest score of the chunk
     index_ptr,  # int32 [rows, chunks], written: its token, the first among equals; INVALID_TOKEN if there is a NaN
     x_ptr,  # [rows, vocab]
@@ -183,10 +204,15 @@ def _best_kernel(
     position_ptr,  # int [rows]
     params_ptr,  # int32 [slots, Param.COUNT]
     vocab,
+    redirected: tl.constexpr,
     sample: tl.constexpr,
     filtered: tl.constexpr,
     chunk: tl.constexpr,
 ):
+    if redirected:
+        address = tl.load(token_ptr)
+        if address == 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * chunk + tl.arange(0, chunk)
     inside = token < vocab
@@ -211,7 +237,7 @@ def _best_kernel(
 
 @triton.jit
 def _choose_kernel(
-    token_ptr,  # int32 [rows], written
+    token_ptr,  # int32 [rows], written; if redirected, int64 [1] with the address of such a column, 0 = do nothing
     last_token_ptr,  # int64 [slots], written: the carry-over
     best_ptr,  # float32 [rows, chunks]
     index_ptr,  # int32 [rows, chunks]
@@ -221,16 +247,23 @@ def _choose_kernel(
     counts_ptr,  # int16 [slots, vocab], updated
     vocab,
     chunks,
+    redirected: tl.constexpr,
     count_tokens: tl.constexpr,
     lanes: tl.constexpr,
 ):
+    column_ptr = token_ptr
+    if redirected:
+        address = tl.load(token_ptr)
+        if address == 0:
+            return
+        column_ptr = address.to(tl.pointer_type(tl.int32))
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, lanes)
     best = tl.load(best_ptr + row * chunks + lane, mask=lane < chunks, other=-float("inf"))
     index = tl.load(index_ptr + row * chunks + lane, mask=lane < chunks, other=_NO_INDEX)
     token = tl.min(tl.where(best == tl.max(best, 0), index, _NO_INDEX), 0)
     token = tl.where(tl.min(index, 0) < 0, _INVALID, token)
-    tl.store(token_ptr + row, token)
+    tl.store(column_ptr + row, token)
     slot = tl.load(slot_ptr + row).to(tl.int64)
     # The next step may be queued already and must not index outside the embedding.
     tl.store(last_token_ptr + slot, tl.maximum(token, 0).to(tl.int64))

@@ -6,12 +6,11 @@ work does not grow with the batch, and it never waits for the device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
-from executor.copies import queue_copy
 from executor.graphs import StepGraphs
 from executor.inputs import (
     PlanHeader,
@@ -33,7 +32,6 @@ from ipc.results import RESULT_HEADER_BYTES, ResultLayout
 if TYPE_CHECKING:
     from executor.unpack_kernel import Unpack
 
-_current_stream: Final[Any] = torch.cuda.current_stream  # untyped
 _TIMED_CONTEXT: Final = 1024  # tokens of the rows on which ways to run a step are timed
 
 
@@ -61,7 +59,7 @@ class StepRunner:
             parameters=self._model.num_parameters,
             compute=compute,
             forward=self._model.forward,
-            sample_greedy=self._sample_greedy,
+            sample_greedy=self._sampler.sample_greedy,
         )
 
     def output_bytes(self, header: PlanHeader) -> int:
@@ -74,31 +72,31 @@ class StepRunner:
     def run(self, header: PlanHeader, poison: bool, staged: torch.Tensor, output: torch.Tensor) -> None:
         """Run the plan in `staged` uint8 [plan bytes] and write its result columns to `output` uint8 [result bytes].
 
-        `poison` replaces the first row's logits by NaN.
+        `poison` replaces the first row's logits by NaN. A greedy step that fits a graph is one launch and one replay.
         """
         plan = StagedPlan(header, staged)
         rows = header.num_rows
         flags = header.flags & ALL_STAGES
         apply_tables(plan, self._sampler)
-        graph = self._graphs.replay_model(plan) if self._graphs is not None else None
-        if graph is not None:
-            inputs, logits = graph.inputs, graph.logits
-        else:
+        # At 0 a graph chooses nothing and leaves us its logits.
+        token_address = 0 if flags or poison else output.data_ptr() + self._layout.token - RESULT_HEADER_BYTES
+        graph = self._graphs.replay(plan, token_address) if self._graphs is not None else None
+        if graph is None:
             inputs = self._build_inputs(plan)
             logits = self._model.forward(inputs)
+        elif token_address:
+            return
+        else:
+            inputs, logits = graph.inputs, graph.logits
         if poison:
             logits[0].fill_(float("nan"))
-        if graph is not None and not flags:
-            graph.greedy.replay()
-            queue_copy(self._column(output, self._layout.token, rows), graph.token, 4 * rows, _current_stream())
-        else:
-            row_sample = plan.column("row_sample", rows)
-            row_slot, kv_len = inputs.row_slot[:rows], inputs.kv_len[:rows]
-            sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags, grammar_mask(plan))
-            self._write(output, sampled, 0)
-            if header.num_scores:
-                scored = self._sampler.score(logits[rows:], plan.column("score_token", header.num_scores))
-                self._write(output, scored, rows)
+        row_sample = plan.column("row_sample", rows)
+        row_slot, kv_len = inputs.row_slot[:rows], inputs.kv_len[:rows]
+        sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags, grammar_mask(plan))
+        self._write(output, sampled, 0)
+        if header.num_scores:
+            scored = self._sampler.score(logits[rows:], plan.column("score_token", header.num_scores))
+            self._write(output, scored, rows)
 
     def _build_inputs(self, plan: StagedPlan) -> StepInputs:
         if self._unpack is not None:
@@ -133,9 +131,6 @@ class StepRunner:
         model.decoder.choose_ways(forward, limits.max_rows, context)
         table.fill_(NULL_BLOCK)
         state.position.zero_()
-
-    def _sample_greedy(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
-        return self._sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE).token
 
     def _column(self, output: torch.Tensor, offset: int, count: int, skip: int = 0) -> torch.Tensor:
         start = offset - RESULT_HEADER_BYTES + 4 * skip

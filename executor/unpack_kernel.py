@@ -2,7 +2,7 @@
 
 The same as `inputs.apply_slots` and `inputs.build_inputs`, without their many small kernels. Called by the step runner
 and by `executor.graphs`, always ahead of the model and outside its CUDA graph, because the plan lies somewhere else in
-every step. What it writes lies always at the same place, which graphs have captured.
+every step, and so does its output. What it writes lies always at the same place, which graphs have captured.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -46,7 +46,6 @@ class Unpack:
     def __init__(self, state: SlotState, params: torch.Tensor, limits: FrameLimits) -> None:
         """`params` int32 [slots, Param.COUNT] are the sampler's."""
         device, rows, tokens = state.position.device, limits.max_rows, limits.max_tokens
-        self._state, self._params = state, params
 
         def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
@@ -67,8 +66,18 @@ class Unpack:
             row_sample=zeros(rows, torch.int32),
             block_table=state.block_table,
         )
-        self._search_steps = rows.bit_length()
-        self._kernel: Any = None  # compiled; to find it by its arguments would take 50 us a step
+        # int64 [1], of the column that the greedy tokens of a graph go to; 0 = nobody wants them
+        self.token_address = zeros(1, torch.int64)
+        every = self._all
+        self._memory = (
+            params, state.position, state.last_token, state.block_table, self.token_address,
+            every.counts, every.token_ids, every.positions, every.slot_mapping, every.row_slot, every.query_start,
+            every.kv_len, every.last_index, every.row_sample,
+        )  # fmt: skip
+        # Triton takes an address as it is; a tensor it asks for its own in every launch, and the driver about that.
+        self._addresses = tuple(tensor.data_ptr() for tensor in self._memory)
+        self._sizes = limits.max_blocks_per_seq, state.null_slot, state.block_size, rows.bit_length(), _BLOCK
+        self._launch: Any = None  # of the compiled kernel; to find it by its arguments would take 50 us a step
 
     def room(self, *, rows: int, decode: int, prefill: int, tokens: int) -> StepInputs:
         """Inputs for up to so many rows, decode rows, prefill rows and tokens. Their memory is that of all others."""
@@ -90,41 +99,22 @@ class Unpack:
             block_table=every.block_table,
         )
 
-    def __call__(self, plan: StagedPlan, inputs: StepInputs) -> None:
+    def __call__(self, plan: StagedPlan, inputs: StepInputs, token_address: int = 0) -> None:
         """Apply the plan's admits and block deltas, fill `inputs`, and advance the positions of the plan's rows.
+
+        `inputs` are a room of ours. `token_address` is what `self.token_address` holds from then on.
 
         What is beyond the plan's rows and tokens is padding: in a step of decode rows only each row a token at the null
         slot, else rows without tokens, and tokens without a row.
         """
-        state = self._state
-        arguments = (
-            plan.staged.view(torch.int32),
-            self._params,
-            state.position,
-            state.last_token,
-            state.block_table,
-            inputs.counts,
-            inputs.token_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            inputs.row_slot,
-            inputs.query_start,
-            inputs.kv_len,
-            inputs.last_index,
-            inputs.row_sample,
-            inputs.num_rows,
-            inputs.num_tokens,
-            int(inputs.decode_only),
-            state.block_table.shape[1],
-            state.null_slot,
-            state.block_size,
-            self._search_steps,
-            _BLOCK,
-        )
-        if self._kernel is None:
-            self._kernel = _unpack_kernel[1, 1, 1](*arguments, num_warps=_WARPS)
-        else:
-            self._kernel[1, 1, 1](*arguments)
+        numbers = token_address, inputs.num_rows, inputs.num_tokens, int(inputs.decode_only)
+        if self._launch is not None:
+            self._launch(plan.staged.data_ptr(), *numbers, *self._addresses, *self._sizes)
+            return
+        arguments = plan.staged.view(torch.int32), *numbers, *self._memory, *self._sizes
+        compiled = _unpack_kernel[1, 1, 1](*arguments, num_warps=_WARPS)
+        if compiled is not None:  # as it is in Triton's interpreter
+            self._launch = compiled[1, 1, 1]
 
     def eager(self, plan: StagedPlan) -> StepInputs:
         """`build_inputs` and all before it."""
@@ -156,13 +146,18 @@ def _column(staged, word: tl.constexpr):
     return staged + tl.load(staged + 2 * word) // 4
 
 
-@triton.jit(do_not_specialize=["row_room", "token_room", "decode_only", "max_blocks", "null_slot"])
+@triton.jit(do_not_specialize=["address", "row_room", "token_room", "decode_only", "max_blocks", "null_slot"])
 def _unpack_kernel(
     staged,  # int32 [words], a packed plan
+    address: tl.int64,  # annotated, as a small number would otherwise be compiled as an int32
+    row_room,
+    token_room,
+    decode_only,
     table,  # int32 [slots, Param.COUNT]: parameters
     position,  # int64 [slots], advanced
     last_token,  # int64 [slots]
     block_table,  # int32 [slots, max_blocks]
+    token_address,  # int64 [1], written
     counts,  # and so on, all written: see StepInputs
     token_ids,
     positions,
@@ -172,9 +167,6 @@ def _unpack_kernel(
     kv_len,
     last_index,
     row_sample,
-    row_room,
-    token_room,
-    decode_only,
     max_blocks,
     null_slot,
     page: tl.constexpr,
@@ -182,6 +174,7 @@ def _unpack_kernel(
     block: tl.constexpr,
 ):
     """One program: what it writes first it reads again."""
+    tl.store(token_address, address)
     lane = tl.arange(0, block)
     words = _word(staged, _NUM_ADMITS) * _PARAMS
     for start in range(0, words, block):

@@ -7,9 +7,10 @@ import torch
 
 from executor.graphs import StepGraphs, _borrow, ladder, token_ladder
 from executor.inputs import PlanHeader, StagedPlan, StepInputs
+from executor.sampler import Sampler
 from executor.slot_state import SlotState
 from executor.warmup import synthetic_plan
-from ipc.frames import FrameLimits, Param, PlanFlag, write_plan
+from ipc.frames import FrameLimits, PlanFlag, write_plan
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 8, 24, 100, 256, 257, 300, 512])
@@ -37,7 +38,10 @@ def test_the_ladder_of_tokens_ends_where_launches_are_hidden(max_tokens: int, pa
 
 @pytest.mark.gpu
 def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
-    """A model whose logits point at (token + position) mod vocab: each step's tokens follow from the one before."""
+    """A model whose logits point at (token + position) mod vocab: each step's tokens follow from the one before.
+
+    Every third step wants no tokens, so that the one after it finds those of the one before.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from executor.unpack_kernel import Unpack
@@ -52,33 +56,37 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
             target = ((inputs.token_ids + inputs.positions) % vocab)[inputs.last_index]
             return (target[:, None] == torch.arange(vocab, device=device)).to(torch.bfloat16)
 
-        def sample_greedy(inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
-            token = logits.argmax(-1).int()
-            state.last_token.index_copy_(0, inputs.row_slot, token.long())
-            return token
-
-        params = torch.zeros(21, Param.COUNT, dtype=torch.int32, device=device)
-        unpack = Unpack(state, params, limits)
-        graphs = StepGraphs(unpack, limits, parameters=1, compute=compute, forward=forward, sample_greedy=sample_greedy)
+        sampler = Sampler(state.last_token, vocab, 0, device)
+        unpack = Unpack(state, sampler.tables.params, limits)
+        graphs = StepGraphs(
+            unpack, limits, parameters=1, compute=compute, forward=forward, sample_greedy=sampler.sample_greedy
+        )
+        lanes = torch.full((2, 21), -7, dtype=torch.int32, device=device)[:, 1:]  # the first aligned to 4 bytes only
         state.last_token.copy_(torch.arange(21))
         state.position[:20] = torch.arange(20, device=device)
         last, position = list(range(20)), list(range(20))
         random = torch.Generator().manual_seed(3)
-        for rows in (1, 3, 20, 7, 16, 2, 13, 20, 5):
+        for step, rows in enumerate((1, 3, 20, 7, 16, 2, 13, 20, 5)):
             slots = torch.randperm(20, generator=random)[:rows].tolist()
             plan = synthetic_plan([1] * rows, rows, PlanFlag.NONE)
             plan.row_slot[:] = slots
             payload = torch.zeros(limits.plan_bytes, dtype=torch.uint8)
             used = write_plan(payload.numpy(), plan)
             staged = StagedPlan(PlanHeader.read(payload.numpy()), payload[:used].to(device))
-            graph = graphs.replay_model(staged)
+            lane, wanted = step % 2, step % 3 != 2
+            before = lanes.clone()
+            graph = graphs.replay(staged, lanes[lane].data_ptr() if wanted else 0)
             assert graph is not None
-            assert graph.logits[:rows].argmax(-1).tolist() == [(last[s] + position[s]) % vocab for s in slots]
-            graph.greedy.replay()
-            for slot in slots:
-                last[slot] = (last[slot] + position[slot]) % vocab
+            tokens = [(last[s] + position[s]) % vocab for s in slots]
+            assert graph.logits[:rows].argmax(-1).tolist() == tokens
+            if wanted:
+                assert lanes[lane, :rows].tolist() == tokens
+                assert torch.equal(lanes[1 - lane], before[1 - lane])
+            else:
+                assert torch.equal(lanes, before)
+            for slot, token in zip(slots, tokens, strict=True):
+                last[slot] = token if wanted else last[slot]
                 position[slot] += 1
-            assert graph.token[:rows].tolist() == [last[slot] for slot in slots]
             assert state.last_token[:20].tolist() == last
             assert state.position.tolist() == [*position, 0]
 

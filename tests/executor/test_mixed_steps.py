@@ -154,18 +154,15 @@ def test_a_replayed_step_is_the_eager_one_for_every_size_and_mix(
     with torch.inference_mode(), torch.cuda.stream(compute):
         bench = make_bench(tmp_path, name, max_rows, max_tokens)
         model, state, sampler = bench.model, bench.state, bench.sampler
-
-        def sample_greedy(inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
-            return sampler.sample(logits, inputs.row_slot, inputs.kv_len, inputs.row_sample, PlanFlag.NONE).token
-
         graphs = StepGraphs(
             bench.unpack,
             bench.limits,
             parameters=1,
             compute=compute,
             forward=model.forward,
-            sample_greedy=sample_greedy,
+            sample_greedy=sampler.sample_greedy,
         )
+        tokens = torch.empty(max_rows, dtype=torch.int32, device=model.device)
         for size in token_ladder(max_tokens, 1):
             for _ in range(6):
                 plan = random_plan(rng, bench, size)
@@ -174,17 +171,17 @@ def test_a_replayed_step_is_the_eager_one_for_every_size_and_mix(
                 bench.restore()
                 bench.unpack._all.token_ids.fill_(1 << 40)
                 bench.unpack._all.row_slot.fill_(1 << 40)
-                graph = graphs.replay_model(staged)
+                graph = graphs.replay(staged, 0)
                 assert graph is not None
                 assert plan.num_tokens <= graph.inputs.num_tokens <= size
                 rows = plan.num_rows
-                logits = graph.logits[:rows].float().clone()
-                assert_close(logits, want)
+                assert_close(graph.logits[:rows].float(), want)
                 check_left_behind(bench, left_behind)
-                graph.greedy.replay()
-                assert graph.token[:rows].tolist() == logits.argmax(-1).tolist()
+                bench.restore()
+                assert graphs.replay(staged, tokens.data_ptr()) is graph
+                assert tokens[:rows].tolist() == graph.logits[:rows].float().argmax(-1).tolist()
                 slots = torch.from_numpy(plan.row_slot).long().to(model.device)
-                assert state.last_token[slots].tolist() == graph.token[:rows].tolist()
+                assert state.last_token[slots].tolist() == tokens[:rows].tolist()
                 others = torch.ones(max_rows, dtype=torch.bool, device=model.device).index_fill_(0, slots, False)
                 assert torch.equal(state.last_token[:-1][others], bench.start["last_token"][:-1][others])
 
@@ -200,7 +197,7 @@ def test_steps_that_fit_no_graph_leave_everything_to_the_caller(tmp_path: Path) 
 
         graphs = StepGraphs(
             bench.unpack, bench.limits, parameters=2 * 10**9, compute=compute, forward=forward,
-            sample_greedy=lambda inputs, logits: logits.argmax(-1).int(),
+            sample_greedy=lambda logits, row_slot, address: None,
         )  # fmt: skip
         scored = synthetic_plan([1, 5], 1, PlanFlag.LOGPROBS)
         scored.score_index, scored.score_token = np.array([1], np.int32), np.array([3], np.int32)
@@ -210,7 +207,7 @@ def test_steps_that_fit_no_graph_leave_everything_to_the_caller(tmp_path: Path) 
             synthetic_plan([1] * 4 + [2] * 34, 4, PlanFlag.NONE),
             synthetic_plan([1025], 0, PlanFlag.NONE),
         ):
-            assert graphs.replay_model(stage(bench, plan)) is None
+            assert graphs.replay(stage(bench, plan), 0) is None
             assert torch.equal(bench.state.position, bench.start["position"])
         for plan in (synthetic_plan([1] * 7 + [2] * 33, 7, PlanFlag.NONE), synthetic_plan([1], 0, PlanFlag.NONE)):
-            assert graphs.replay_model(stage(bench, plan)) is not None
+            assert graphs.replay(stage(bench, plan), 0) is not None

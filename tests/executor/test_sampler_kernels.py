@@ -85,6 +85,37 @@ def test_greedy_takes_the_first_of_equal_maxima(vocab: int) -> None:
     assert with_noise[:6].tolist() == want
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_redirected_tokens_go_where_the_address_says_and_are_carried_over(vocab: int, dtype: torch.dtype) -> None:
+    logits = random_logits(6, vocab, dtype, 2)
+    logits[1] = 0.0
+    logits[4, vocab - 1] = float("nan")
+    rows = [Row(slot) for slot in (5, 0, 3, 9, 2, 7)]
+    want = Bench(vocab, rows, DEVICE)
+    token = choose(want, logits, rows)
+    assert token[4] == INVALID_TOKEN
+    bench = Bench(vocab, rows, DEVICE)
+    memory = torch.full((9,), -7, dtype=torch.int32, device=DEVICE)
+    redirect(bench, logits, rows, memory[1:].data_ptr())  # aligned to 4 bytes only
+    assert memory.tolist() == [-7, *token.tolist(), -7, -7]
+    assert torch.equal(bench.sampler.tables.last_token, want.sampler.tables.last_token)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_at_address_0_nothing_is_carried_over(vocab: int) -> None:
+    rows = [Row(slot) for slot in range(6)]
+    bench = Bench(vocab, rows, DEVICE)
+    before = bench.sampler.tables.last_token.clone()
+    redirect(bench, random_logits(6, vocab, torch.bfloat16, 2), rows, 0)
+    assert torch.equal(bench.sampler.tables.last_token, before)
+
+
+def redirect(bench: Bench, logits: torch.Tensor, rows: list[Row], address: int) -> None:
+    slot, *_ = bench.step(rows)
+    bench.sampler.sample_greedy(logits.to(DEVICE), slot, bench.tensor([address], torch.int64))
+
+
 def logit_shapes(vocab: int) -> dict[str, torch.Tensor]:
     """Rows [vocab] that are hard for a search: ties, gaps, huge spreads, forbidden tokens."""
     generator = torch.Generator().manual_seed(vocab)

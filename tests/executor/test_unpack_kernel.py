@@ -144,6 +144,47 @@ def check_padding(inputs: StepInputs, expected: StepInputs, null_slot: int) -> N
         assert (inputs.kv_len[rows:] == 0).all()
 
 
+def test_later_launches_do_what_the_first_did_and_each_leaves_its_token_address() -> None:
+    from executor.unpack_kernel import Unpack
+
+    (want, want_sampler), (got, got_sampler) = (random_slots(np.random.default_rng(3)) for _ in range(2))
+    unpack = Unpack(got, got_sampler.tables.params, LIMITS)
+    for seed, address in enumerate([0, 0x7F0123456784, 1, 16, 1 << 31, 0]):
+        lengths = [5] * (seed % 2)
+        staged = stage(random_plan(np.random.default_rng(seed), 3, lengths, 2, 3))
+        apply_slots(staged, want, want_sampler)
+        inputs = unpack.room(rows=8, decode=8 - len(lengths), prefill=len(lengths), tokens=8)
+        unpack(staged, inputs, address)
+        assert unpack.token_address.tolist() == [address]
+        check_planned(inputs, build_inputs(staged, want))
+        for name in ("position", "block_table"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+def test_greedy_tokens_go_where_the_launch_said() -> None:
+    from executor.unpack_kernel import Unpack
+
+    state, sampler = random_slots(np.random.default_rng(1))
+    unpack = Unpack(state, sampler.tables.params, LIMITS)
+    inputs = unpack.room(rows=4, decode=4, prefill=0, tokens=4)
+    plan = synthetic_plan([1] * 3, 3, PlanFlag.NONE)
+    lanes = torch.full((2, 4), POISON, dtype=torch.int32, device=DEVICE)
+    for lane, token in ((0, 7), (1, 9), (0, 11)):
+        logits = torch.zeros(4, VOCAB, device=DEVICE)
+        logits[torch.arange(4), token + torch.arange(4)] = 1.0
+        other = lanes[1 - lane].clone()
+        unpack(stage(plan), inputs, lanes[lane].data_ptr())
+        sampler.sample_greedy(logits, inputs.row_slot, unpack.token_address)
+        assert lanes[lane].tolist() == [token, token + 1, token + 2, token + 3]
+        assert torch.equal(lanes[1 - lane], other)
+        assert state.last_token[:3].tolist() == [token, token + 1, token + 2]
+    unpack(stage(plan), inputs)
+    before, carried = lanes.clone(), state.last_token.clone()
+    sampler.sample_greedy(torch.rand(4, VOCAB, device=DEVICE), inputs.row_slot, unpack.token_address)
+    assert torch.equal(lanes, before)
+    assert torch.equal(state.last_token, carried)
+
+
 def test_an_eager_step_has_room_for_its_plan_alone_and_its_scores_come_last() -> None:
     from executor.unpack_kernel import Unpack
 
