@@ -14,6 +14,8 @@ own weights; must compute the same function, which is checked at load.
       down + residual                                  down; residual, norm
     norm·head                                          head
 
+The head of more than MAX_HEAD_ROWS rows, and the product before it, are always as in the right column.
+
 Several ranks: as many rows, but by either kind of product. The sum over ranks stands between o, or down, and the
 residual, which therefore is added once, to the sum; the head's shares are gathered.
 """
@@ -36,7 +38,17 @@ from executor.attention.triton import Heads, TritonBackend
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
 from executor.layer_launch import LayerLaunch
-from executor.linear import MAX_ROWS, ROW_BLOCKS, Linear, Scaled, SkinnyLinears, block_m, has_pdl, time_graph
+from executor.linear import (
+    MAX_HEAD_ROWS,
+    MAX_ROWS,
+    ROW_CLASSES,
+    Linear,
+    Scaled,
+    SkinnyLinears,
+    has_pdl,
+    row_class,
+    time_graph,
+)
 from executor.measured import cache_path, read_choices, settle_choices
 from executor.peer_start import Senders
 from executor.peers import LOGIT_ROWS, Peers, Place
@@ -44,11 +56,12 @@ from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecogniz
 from executor.shards import ShardedEmbedding
 
 _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
-_MANY_TIMED: Final = 128
+_MANY_TIMED: Final = 512
 DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
 _GATE_BLOCK: Final = 1024
 _ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
+_MANY_TOKENS: Final = 64  # from here on
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +97,7 @@ class FusedDecoder:
         self._o = [Linear(layer.o) for layer in weights.layers]
         self._gate_up = [Linear(layer.gate_up, gated=True) for layer in weights.layers]
         self._down = [Linear(layer.down) for layer in weights.layers]
-        self._head = Linear(weights.head)
+        self._head = Linear(weights.head, max_rows=MAX_HEAD_ROWS)
         self._rotate_kernel, self._add_norm_kernel = LayerLaunch(rotate_kernel), LayerLaunch(add_norm_kernel)
         self._gate_kernel = LayerLaunch(gate_kernel)
         self._linears = [*self._qkv, *self._o, *self._gate_up, *self._down, self._head]
@@ -121,7 +134,7 @@ class FusedDecoder:
 
     def both_ways(self) -> tuple[dict[int, Way], dict[int, Way]]:
         """All classes by cuBLAS, and those by `linear_kernel` that can be."""
-        classes = (*ROW_BLOCKS, _MANY)
+        classes = (*ROW_CLASSES, _MANY)
         return (
             {size: Way(False, self._has_pdl) for size in classes},
             {size: Way(size != _MANY, self._has_pdl) for size in classes},
@@ -193,12 +206,17 @@ class FusedDecoder:
     def _forward_few(self, inputs: StepInputs, last: torch.Tensor | None) -> torch.Tensor:
         skinny = self._skinny
         x, scaled = self._embed_scaled(inputs)
+        is_wide = len(x if last is None else last) > MAX_HEAD_ROWS
         for i, layer in enumerate(self._weights.layers):
             attended = self._attend(i, skinny(self._qkv[i], scaled), inputs)
             x, scaled = skinny.add(self._o[i], attended, x, layer.mlp_norm.gain, layer.mlp_norm.eps)
             hidden = skinny(self._gate_up[i], scaled)
-            norm = self._next_norm[i]
-            x, scaled = skinny.add(self._down[i], hidden, x, norm.gain, norm.eps)
+            norm, down = self._next_norm[i], self._down[i]
+            if is_wide and down is self._down[-1]:
+                normed = torch.empty_like(x)
+                self._add_norm(x, F.linear(hidden, down.weight), norm, normed)
+                return self._logits(normed if last is None else normed[last])
+            x, scaled = skinny.add(down, hidden, x, norm.gain, norm.eps)
         if last is not None:
             scaled = Scaled(scaled.value[last], scaled.square[:, last].contiguous(), scaled.eps)
         return skinny(self._head, scaled)
@@ -223,7 +241,7 @@ class FusedDecoder:
 
     def _multiply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T; silu(gate) * up if gated."""
-        if self._few:
+        if self._few and len(x) <= linear.max_rows:
             return self._skinny(linear, x)
         y = F.linear(x, linear.weight, linear.bias)
         return self._gate(y) if linear.gated else y
@@ -255,7 +273,7 @@ class FusedDecoder:
         """Queries [tokens, q_heads, dim], ready for attention; keys and values go into their pages."""
         spec, tokens = layer.spec, len(qkv)
         query = qkv.new_empty(tokens, spec.q_heads, spec.k_dim)
-        block = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= MAX_ROWS else _HEADS)
+        block = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= _MANY_TOKENS else _HEADS)
         arguments = (
             qkv, inputs.positions, inputs.slot_mapping, query, layer.k_cache, layer.v_cache, *heads.arguments
         )  # fmt: skip
@@ -344,7 +362,7 @@ def _name(linears: list[Linear], layers: list[PagedLayer]) -> str:
 
 
 def _row_class(tokens: int) -> int:
-    return block_m(tokens) if tokens <= MAX_ROWS else _MANY
+    return row_class(tokens) if tokens <= MAX_ROWS else _MANY
 
 
 def _heads(table: tuple[torch.Tensor, torch.Tensor], weights: LayerWeights) -> Heads:

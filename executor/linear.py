@@ -24,32 +24,38 @@ from executor.peers import Sink
 
 _CUDA: Final[Any] = torch.cuda  # untyped in part
 
-ROW_BLOCKS: Final = (16, 32, 64)  # rows of the kernel's tiles
-MAX_ROWS: Final = ROW_BLOCKS[-1]  # more rows fill the tensor cores, which cuBLAS does well
+ROW_CLASSES: Final = (16, 32, 64, 128)  # products of up to so many rows are cut alike
+MAX_ROWS: Final = ROW_CLASSES[-1]  # more rows fill the tensor cores, which cuBLAS does well
+MAX_HEAD_ROWS: Final = 64  # the head's weights are so many that fewer rows do
+_SINGLE_ROWS: Final = 32  # up to so many rows are one tile
 _PROGRAMS: Final = 96  # fewer programs cannot draw the memory's full bandwidth
 _SHARED_BYTES: Final = 200 << 10  # of one multiprocessor, with room for what the compiler adds
 _MAX_SPLITS: Final = 32
 _ROUNDS: Final = 5
 _NOWHERE: Final = (None, None, 0, 0)  # no `Sink`
-# (output features, input features, multiple of the programs needed, one program a multiprocessor) worth measuring.
+# (output features, input features, multiple of the programs needed, one program a multiprocessor) worth measuring;
+# the first few of them for several tiles of rows.
 _CUTS: Final = (
     (64, 128, 1, False),
     (64, 128, 1, True),
-    (64, 128, 2, False),
     (64, 64, 1, True),
+    (128, 64, 1, False),
+    (64, 128, 2, False),
     (64, 64, 1, False),
     (64, 256, 1, True),
     (32, 128, 1, False),
     (32, 64, 1, False),
-    (128, 64, 1, False),
 )
+_FEW_CUTS: Final = 5
+_ROW_TILES: Final = (64, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a product is cut. `splits` programs share the input features of one block of output features."""
+    """How a product is cut. `splits` programs share the input features of one block of rows and output features."""
 
-    block_n: int
+    block_m: int  # rows
+    block_n: int  # output features
     block_k: int
     splits: int
     stages: int
@@ -64,11 +70,11 @@ class Shape:
     n: int  # output features; gated: of the gate
     k: int
     gated: bool
-    block_m: int
+    rows: int  # one of ROW_CLASSES
 
     @property
     def key(self) -> str:
-        return f"{self.n}x{self.k}{'g' if self.gated else ''}m{self.block_m}"
+        return f"{self.n}x{self.k}{'g' if self.gated else ''}m{self.rows}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,7 @@ class Linear:
     weight: torch.Tensor  # [n or 2 n, k]
     bias: torch.Tensor | None = None
     gated: bool = False
+    max_rows: int = MAX_ROWS  # that the kernel is wanted for
 
     @property
     def n(self) -> int:
@@ -102,37 +109,44 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def block_m(rows: int) -> int:
-    """The kernel's row block for `rows` <= MAX_ROWS."""
-    return next(size for size in ROW_BLOCKS if rows <= size)
+def row_class(rows: int) -> int:
+    """Which of ROW_CLASSES `rows` <= MAX_ROWS are in."""
+    return next(size for size in ROW_CLASSES if rows <= size)
 
 
 def candidates(shape: Shape) -> list[Tile]:
     """Tiles worth measuring, the likeliest first; empty if the kernel cannot run this shape."""
+    single = shape.rows <= _SINGLE_ROWS
     tiles = []
-    for block_n, block_k, few, deep in _CUTS:
-        if shape.n % block_n or shape.k % block_k:
-            continue
-        splits = _splits(shape, block_n, block_k, few)
-        share = shape.k // splits
-        bytes_each = 2 * block_k * (block_n * (1 + shape.gated) + shape.block_m)
-        stages = min(8, _SHARED_BYTES // (1 if deep else 2) // bytes_each, max(2, share // block_k))
-        if stages < 2:
-            continue
-        prefetch = min(128 if shape.gated else 512, 1 << (share.bit_length() - 1))
-        tile = Tile(block_n, block_k, splits, stages, 8 if block_n * shape.block_m > 4096 else 4, prefetch)
-        if tile not in tiles:
-            tiles.append(tile)
+    for block_m in (shape.rows,) if single else _ROW_TILES:
+        for cut in _CUTS if single else _CUTS[:_FEW_CUTS]:
+            tile = _tile(shape, block_m, *cut)
+            if tile is not None and tile not in tiles:
+                tiles.append(tile)
     return tiles
 
 
-def _splits(shape: Shape, block_n: int, block_k: int, times: int) -> int:
-    """The fewest shares that give `times` the programs needed, or as many as there can be."""
+def _tile(shape: Shape, block_m: int, block_n: int, block_k: int, times: int, deep: bool) -> Tile | None:
+    """One of `_CUTS`; None if the shape does not divide into it."""
+    if shape.n % block_n or shape.k % block_k:
+        return None
+    splits = _splits(shape, block_k, shape.n // block_n * (shape.rows // block_m), _PROGRAMS * times)
+    share = shape.k // splits
+    bytes_each = 2 * block_k * (block_n * (1 + shape.gated) + block_m)
+    stages = min(8, _SHARED_BYTES // (1 if deep else 2) // bytes_each, max(2, share // block_k))
+    if stages < 2:
+        return None
+    prefetch = min(128 if shape.gated else 512, 1 << (share.bit_length() - 1))
+    return Tile(block_m, block_n, block_k, splits, stages, 8 if block_n * block_m > 4096 else 4, prefetch)
+
+
+def _splits(shape: Shape, block_k: int, tiles: int, programs: int) -> int:
+    """The fewest shares of so many tiles that give the programs needed, or as many as there can be."""
     most = 0
     for splits in range(1, _MAX_SPLITS + 1):
         if shape.k % (splits * block_k) == 0:
             most = splits
-            if shape.n // block_n * splits >= _PROGRAMS * times:
+            if tiles * splits >= programs:
                 break
     return most
 
@@ -153,7 +167,7 @@ class SkinnyLinears:
                 raise ValueError(f"{shape.n} x {shape.k} features do not divide into tiles")
             self._tiles[shape] = options[0]
             scratch = max(scratch, *(_scratch(shape, tile) for tile in options))
-            tiles = max(tiles, *(shape.n // tile.block_n for tile in options))
+            tiles = max(tiles, *(_tiles(shape.n, tile, shape.rows) for tile in options))
         self._kernel = LayerLaunch(linear_kernel)
         self._partial = torch.empty(scratch, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
@@ -188,7 +202,7 @@ class SkinnyLinears:
         return out, scaled
 
     def _tile(self, linear: Linear, rows: int) -> Tile:
-        return self._tiles[Shape(linear.n, linear.k, linear.gated, block_m(rows))]
+        return self._tiles[Shape(linear.n, linear.k, linear.gated, row_class(rows))]
 
     def _launch(
         self,
@@ -203,7 +217,8 @@ class SkinnyLinears:
         sink: Sink | None = None,
     ) -> None:
         arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink)
-        self._kernel((linear.n // tile.block_n * tile.splits, 1, 1), arguments, options)
+        value = x.value if isinstance(x, Scaled) else x
+        self._kernel((_tiles(linear.n, tile, len(value)) * tile.splits, 1, 1), arguments, options)
 
     def _arguments(
         self,
@@ -236,7 +251,7 @@ class SkinnyLinears:
             value.stride(0),
             eps,
         )
-        shape = Shape(linear.n, linear.k, linear.gated, block_m(rows))
+        shape = Shape(linear.n, linear.k, linear.gated, row_class(rows))
         ranks = 0 if sink is None else len(sink.addresses)
         options = _options(shape, tile, parts, linear.bias is not None, residual is not None, ranks, self.pdl)
         return arguments, options
@@ -268,8 +283,8 @@ class SkinnyLinears:
         return tile is not None
 
     def _fastest(self, shape: Shape, linears: Sequence[Linear], pool: ThreadPoolExecutor) -> Tile:
-        x = torch.randn(shape.block_m, shape.k, dtype=linears[0].weight.dtype, device=linears[0].weight.device)
-        out = x.new_empty(shape.block_m, shape.n)
+        x = torch.randn(shape.rows, shape.k, dtype=linears[0].weight.dtype, device=linears[0].weight.device)
+        out = x.new_empty(shape.rows, shape.n)
         options = candidates(shape)
         with AsyncCompileMode(pool, ignore_errors=True):
             for tile in options:
@@ -290,8 +305,14 @@ class SkinnyLinears:
 
 
 def _shapes(linears: Sequence[Linear]) -> list[Shape]:
-    kinds = dict.fromkeys((linear.n, linear.k, linear.gated) for linear in linears)
-    return [Shape(*kind, size) for kind in kinds for size in ROW_BLOCKS]
+    """All kinds of products of these layers."""
+    shapes = (
+        Shape(linear.n, linear.k, linear.gated, size)
+        for linear in linears
+        for size in ROW_CLASSES
+        if size <= linear.max_rows
+    )
+    return list(dict.fromkeys(shapes))
 
 
 @cache
@@ -304,7 +325,7 @@ def _options(
         "parts": parts,
         "parts_pad": triton.next_power_of_2(max(1, parts)),
         "splits": tile.splits,
-        "block_m": shape.block_m,
+        "block_m": tile.block_m,
         "block_n": tile.block_n,
         "block_k": tile.block_k,
         "stages": tile.stages,
@@ -319,9 +340,14 @@ def _options(
     }
 
 
+def _tiles(n: int, tile: Tile, rows: int) -> int:
+    """Tiles of so many output features and rows."""
+    return n // tile.block_n * -(-rows // tile.block_m)
+
+
 def _scratch(shape: Shape, tile: Tile) -> int:
     """Floats that the shares of a product take."""
-    return shape.n * shape.block_m * (1 + shape.gated) * tile.splits if tile.splits > 1 else 1
+    return shape.n * shape.rows * (1 + shape.gated) * tile.splits if tile.splits > 1 else 1
 
 
 def time_graph(run: Callable[[], Any]) -> float:

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Triton kernel of a linear layer over few rows: it must read every weight once, and little else costs anything.
 
-Launched by `executor.linear` only. One program multiplies a tile of output features by one share of the input features;
-where a tile has several shares, the program that arrives last adds them up, always in the same order, so the result
-does not depend on who that was. Weights are the left operand, so that the tensor cores' long side is never padded.
+Launched by `executor.linear` only. One program multiplies a tile of output features and rows over one share of the
+input features; where a tile has several shares, the program that arrives last adds them up, always in the same order,
+so the result does not depend on who that was. Programs of the same weights follow each other, so that memory is read
+for the first of them only. Weights are the left operand, so that the tensor cores' long side is never padded.
 
 With `pdl` a launch begins while the kernel before it ends: until `gdc_wait` it may touch weights only.
 """
@@ -25,15 +26,15 @@ def _prefetch(pointer):
 
 @triton.jit
 def _product(
-    x, weight, rows, x_row, first_n, first_k, share,
+    x, weight, rows, x_row, first_m, first_n, first_k, share,
     k: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, stages: tl.constexpr,
     n_offset,
     gated: tl.constexpr,
 ):  # fmt: skip
-    """float32 [block_n, block_m] of features first_n.. over input features first_k .. first_k + share; with `gated`
-    also that of the features `n_offset` further on."""
+    """float32 [block_n, block_m] of features first_n.. and rows first_m.. over input features first_k .. first_k +
+    share; with `gated` also that of the features `n_offset` further on."""
     lane_n = first_n + tl.arange(0, block_n)
-    lane_m = tl.arange(0, block_m)
+    lane_m = first_m + tl.arange(0, block_m)
     lane_k = tl.arange(0, block_k)
     in_rows = lane_m < rows
     x_tile = x + lane_m[:, None] * x_row + (first_k + lane_k)[None, :]
@@ -62,7 +63,7 @@ def linear_kernel(
     gain,  # [n]
     out,  # [rows, n]
     scaled_out,  # [rows, n] out * gain
-    square_out,  # float32 [tiles, rows]
+    square_out,  # float32 [n / block_n, rows]
     partial,  # float32 [tiles, splits, 1 or 2 if gated, block_n, block_m]
     counter,  # int32 [tiles], zero before and after
     addresses,  # int64 [ranks], turns, turns_at, sent_to: where `send_tile` writes, if there are `ranks`
@@ -95,7 +96,9 @@ def linear_kernel(
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     share: tl.constexpr = k // splits
-    first_n = tile * block_n
+    row_tiles = tl.cdiv(rows, block_m)
+    first_n = tile // row_tiles * block_n
+    first_m = tile % row_tiles * block_m
     n_offset = tl.full([], n, tl.int64) * k
     lane_n = first_n + tl.arange(0, block_n)
     if pdl:
@@ -107,8 +110,7 @@ def linear_kernel(
             if gated:
                 _prefetch(line + n_offset)
         gdc_wait()
-        gdc_launch_dependents()
-    lane_m = tl.arange(0, block_m)
+    lane_m = first_m + tl.arange(0, block_m)
     in_rows = lane_m < rows
     place = lane_m[None, :] * n + lane_n[:, None]
     inside = tl.broadcast_to(in_rows[None, :], [block_n, block_m])
@@ -124,8 +126,11 @@ def linear_kernel(
         added = tl.load(residual + place, mask=inside, other=0.0)
         gains = tl.load(gain + lane_n)
     acc, up = _product(
-        x, weight, rows, x_row, first_n, split * share, share, k, block_m, block_n, block_k, stages, n_offset, gated
+        x, weight, rows, x_row, first_m, first_n, split * share, share, k, block_m, block_n, block_k, stages, n_offset,
+        gated,
     )  # fmt: skip
+    if pdl:
+        gdc_launch_dependents()  # not before: who waits takes a place on a multiprocessor
     is_last = True
     if splits > 1:
         size: tl.constexpr = block_n * block_m
@@ -161,9 +166,9 @@ def linear_kernel(
             tl.store(out + place, y, mask=inside)
             y = y.to(tl.float32)
             tl.store(scaled_out + place, (y * gains.to(tl.float32)[:, None]).to(kind), mask=inside)
-            tl.store(square_out + tile * rows + lane_m, tl.sum(y * y, 0), mask=in_rows)
+            tl.store(square_out + first_n // block_n * rows + lane_m, tl.sum(y * y, 0), mask=in_rows)
         elif ranks > 0:
             y = acc.to(x.dtype.element_ty)
-            send_tile(y, rows, first_n, addresses, turns, turns_at, sent_to, n, block_m, block_n, ranks)
+            send_tile(y, rows, first_m, first_n, addresses, turns, turns_at, sent_to, n, block_m, block_n, ranks)
         else:
             tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)

@@ -50,10 +50,11 @@ def _receive(words, inside, turn, patience):
 
 @triton.jit
 def send_tile(
-    y, rows, first_n, addresses, turns, turns_at, place,
+    y, rows, first_m, first_n, addresses, turns, turns_at, place,
     width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
-    """Write y [block_n, block_m], features from `first_n` on of rows, to where all ranks look for this one's rows."""
+    """Write y [block_n, block_m], features from `first_n` on of rows from `first_m` on, to where all ranks look for
+    this one's rows."""
     in_word: tl.constexpr = 32 // y.dtype.primitive_bitwidth
     if in_word == 1:
         half = tl.trans(y).to(tl.int32, bitcast=True)
@@ -61,7 +62,7 @@ def send_tile(
         low, high = tl.split(tl.reshape(tl.trans(y), [block_m, block_n // 2, 2]))
         low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
         half = (low & 0xFFFF) | (high << 16)
-    row = tl.arange(0, block_m)
+    row = first_m + tl.arange(0, block_m)
     turn = tl.load(turns + turns_at + row, mask=row < rows, other=0) + 1
     message = _message(half, turn[:, None])
     word = first_n // in_word + tl.arange(0, block_n // in_word)

@@ -11,6 +11,47 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from executor.attention.heads import finite, load_turned
 from executor.attention.kernels import LOG2E, NEVER, capped, load_lanes
 
+# What a work item is, int32 each: one chunk of a row. A list ends with a row of -1.
+ITEM_WORDS = 8
+_ROW = tl.constexpr(0)
+_SLOT = tl.constexpr(1)  # of the row
+_LENGTH = tl.constexpr(2)  # of the row, this step's token included
+_START = tl.constexpr(3)  # first token of the chunk
+_STOP = tl.constexpr(4)
+_PIECE = tl.constexpr(5)  # where its partial result goes
+_FIRST = tl.constexpr(6)  # where those of the row begin
+_SPLITS = tl.constexpr(7)  # how many they are
+_WORDS = tl.constexpr(ITEM_WORDS)
+
+
+@triton.jit
+def _store_item(items, index, row, slot, length, start, stop, piece, first, splits, mask):
+    at = items + index * _WORDS
+    tl.store(at + _ROW, row, mask=mask)
+    tl.store(at + _SLOT, slot, mask=mask)
+    tl.store(at + _LENGTH, length, mask=mask)
+    tl.store(at + _START, start, mask=mask)
+    tl.store(at + _STOP, stop, mask=mask)
+    tl.store(at + _PIECE, piece, mask=mask)
+    tl.store(at + _FIRST, first, mask=mask)
+    tl.store(at + _SPLITS, splits, mask=mask)
+
+
+@triton.jit
+def _load_item(items, index, room):
+    at = items + index * _WORDS
+    inside = index < room
+    return (
+        tl.load(at + _ROW, mask=inside, other=-1),
+        tl.load(at + _SLOT, mask=inside, other=0),
+        tl.load(at + _LENGTH, mask=inside, other=0),
+        tl.load(at + _START, mask=inside, other=0),
+        tl.load(at + _STOP, mask=inside, other=0),
+        tl.load(at + _PIECE, mask=inside, other=0),
+        tl.load(at + _FIRST, mask=inside, other=0),
+        tl.load(at + _SPLITS, mask=inside, other=0),
+    )
+
 
 @triton.jit
 def _has_rest(span, chunk, row, rows):
@@ -19,31 +60,11 @@ def _has_rest(span, chunk, row, rows):
 
 
 @triton.jit
-def split_kernel(
-    kv_len,  # [rows]
-    counts,  # [2] rows, decode rows, which come first
-    item_row,  # [rows + 2 slots] work item -> row
-    item_split,  # [rows + 2 slots] work item -> which chunk of the row
-    row_splits,  # [rows] chunks of a row
-    row_offset,  # [rows] where the row's partial results begin
-    header,  # [2] number of work items, tokens of a chunk
-    slots,
-    window,
-    rows_pad: tl.constexpr,
-    rank_block: tl.constexpr,
-    block_n: tl.constexpr,
-    min_chunk: tl.constexpr,
-    overhead: tl.constexpr,
-):
-    """Cut the decode rows of a step into work items of one chunk each, the longest first.
+def _chunk_tokens(span, rows, slots, block_n: tl.constexpr, min_chunk: tl.constexpr, overhead: tl.constexpr):
+    """The one of a few candidates with the shortest estimated makespan on `slots` programs that share the bandwidth.
 
-    The chunk is the one of a few candidates with the shortest estimated makespan on `slots` programs that share the
-    bandwidth. An item costs its tokens plus `overhead`; the last program runs faster, with the others' share. Every
-    program finds the same chunk and places the remainders of `rank_block` rows; the first one does all else.
+    An item costs its tokens plus `overhead`; the last program runs faster, with the others' share.
     """
-    rows = tl.load(counts + 1)
-    row = tl.arange(0, rows_pad)
-    span = tl.minimum(tl.load(kv_len + row, mask=row < rows, other=0), window)
     longest = tl.max(span, 0)
     total = tl.sum(span, 0)
     i = tl.arange(0, 16)
@@ -57,35 +78,70 @@ def split_kernel(
     cost = tl.maximum(even, path * 5 // 8)
     # Candidates shrink, so the largest of the cheapest is the first of them; the first one always fits.
     cost = tl.where((items <= rows + 2 * slots) | (i == 0), cost, 2147483647)
-    chunk = tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
+    return tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
+
+
+@triton.jit
+def split_kernel(
+    kv_len,  # [rows]
+    row_slot,  # [rows]
+    counts,  # [2] rows, decode rows, which come first
+    items,  # [room, ITEM_WORDS], written
+    room,
+    slots,
+    window,
+    rows_pad: tl.constexpr,
+    rank_block: tl.constexpr,
+    block_n: tl.constexpr,
+    min_chunk: tl.constexpr,
+    overhead: tl.constexpr,
+):
+    """Cut the decode rows of a step into work items of one chunk each, the longest first.
+
+    Every program finds the same chunk and places the remainders of `rank_block` rows; the first one does all else.
+    """
+    rows = tl.load(counts + 1)
+    row = tl.arange(0, rows_pad)
+    length = tl.load(kv_len + row, mask=row < rows, other=0)
+    span = tl.minimum(length, window)
+    chunk = _chunk_tokens(span, rows, slots, block_n, min_chunk, overhead)
     whole = span // chunk
     wholes = tl.sum(whole, 0)
     if tl.program_id(0) == 0:
+        slot = tl.load(row_slot + row, mask=row < rows, other=0).to(tl.int32)
         splits = whole + _has_rest(span, chunk, row, rows).to(tl.int32)
-        whole_first = tl.cumsum(whole, 0) - whole
-        tl.store(row_splits + row, splits, mask=row < rows)
-        tl.store(row_offset + row, tl.cumsum(splits, 0) - splits, mask=row < rows)
+        first = tl.cumsum(splits, 0) - splits
+        place = tl.cumsum(whole, 0) - whole
         for piece in range(0, tl.max(whole, 0)):
-            tl.store(item_row + whole_first + piece, row, mask=piece < whole)
-            tl.store(item_split + whole_first + piece, piece + tl.zeros_like(row), mask=piece < whole)
-        tl.store(header, tl.sum(splits, 0))
-        tl.store(header + 1, chunk)
+            start = length - span + piece * chunk
+            _store_item(
+                items, place + piece, row, slot, length, start, start + chunk, first + piece, first, splits,
+                piece < whole,
+            )  # fmt: skip
+        for start in range(tl.sum(splits, 0), room, rows_pad):
+            tl.store(items + (start + row) * _WORDS + _ROW, -1, mask=start + row < room)
     # The longest remainders start first, so that those which end last are short.
     own = tl.program_id(0) * rank_block + tl.arange(0, rank_block)
-    own_span = tl.minimum(tl.load(kv_len + own, mask=own < rows, other=0), window)
-    left = own_span % chunk
+    own_length = tl.load(kv_len + own, mask=own < rows, other=0)
+    own_span = tl.minimum(own_length, window)
+    own_whole = own_span // chunk
+    left = own_span - own_whole * chunk
     place = wholes + tl.zeros_like(own)
-    for start in range(0, rows, rank_block):
-        other = start + tl.arange(0, rank_block)
+    first = tl.zeros_like(own)
+    for begin in range(0, rows, rank_block):
+        other = begin + tl.arange(0, rank_block)
         other_span = tl.minimum(tl.load(kv_len + other, mask=other < rows, other=0), window)
+        other_rest = _has_rest(other_span, chunk, other, rows).to(tl.int32)
         other_left = other_span % chunk
-        longer = (other_left[None, :] > left[:, None]) | (
-            (other_left[None, :] == left[:, None]) & (other[None, :] < own[:, None])
-        )
-        place += tl.sum((longer & _has_rest(other_span, chunk, other, rows)[None, :]).to(tl.int32), 1)
-    rest = _has_rest(own_span, chunk, own, rows)
-    tl.store(item_row + place, own, mask=rest)
-    tl.store(item_split + place, own_span // chunk, mask=rest)
+        before = other[None, :] < own[:, None]
+        longer = (other_left[None, :] > left[:, None]) | ((other_left[None, :] == left[:, None]) & before)
+        place += tl.sum(tl.where(longer, other_rest[None, :], 0), 1)
+        first += tl.sum(tl.where(before, (other_span // chunk + other_rest)[None, :], 0), 1)
+    slot = tl.load(row_slot + own, mask=own < rows, other=0).to(tl.int32)
+    _store_item(
+        items, place, own, slot, own_length, own_length - left, own_length, first + own_whole, first, own_whole + 1,
+        _has_rest(own_span, chunk, own, rows),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -136,15 +192,10 @@ def decode_kernel(
     k_cache,
     v_cache,
     block_table,
-    row_slot,  # [rows]
-    kv_len,  # [rows]
-    item_row,
-    item_split,
-    row_splits,
-    row_offset,
-    header,
-    partial,  # [items, q_heads, v_dim]
-    partial_lse,  # [items, q_heads], base 2
+    items,  # [room, ITEM_WORDS]
+    room,
+    partial,  # [room, q_heads, v_dim]
+    partial_lse,  # [room, q_heads], base 2
     arrived,  # int32 [rows, kv_heads], zero before and after
     sinks,  # [q_heads]
     out,  # [rows, q_heads, v_dim]
@@ -156,7 +207,6 @@ def decode_kernel(
     scale,
     cap,
     cap_scale,
-    window,
     query_row,
     query_head,
     table_row,
@@ -187,27 +237,19 @@ def decode_kernel(
     """
     head = tl.program_id(0) % kv_heads
     lanes = tl.num_programs(0) // kv_heads
-    items = tl.load(header)
-    chunk = tl.load(header + 1)
     item = tl.program_id(0) // kv_heads
-    while item < items:
-        row = tl.load(item_row + item)
-        split = tl.load(item_split + item)
-        splits = tl.load(row_splits + row)
-        length = tl.load(kv_len + row)
-        start = tl.maximum(length - window, 0) + split * chunk
-        stop = tl.minimum(start + chunk, length)
+    row, slot, length, start, stop, piece, first_piece, splits = _load_item(items, item, room)
+    while row >= 0:
         lane_m = tl.arange(0, block_m)
         lane_n = tl.arange(0, block_n)
         lane_k = tl.arange(0, k_pad)
         lane_v = tl.arange(0, v_pad)
         in_group = lane_m < group
         q_head = head * group + lane_m
-        table = block_table + tl.load(row_slot + row) * table_row
+        table = block_table + slot * table_row
         block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
         if pdl:
             gdc_wait()
-            gdc_launch_dependents()
         top = tl.full([block_m], NEVER, tl.float32)
         denominator = tl.zeros([block_m], tl.float32)
         acc = tl.zeros([v_pad, block_m], tl.float32)
@@ -253,6 +295,8 @@ def decode_kernel(
             denominator = denominator * keep + tl.sum(p, 0)
             acc = tl.dot(v, p.to(v.dtype), acc * keep[None, :], input_precision=precision)
             top = new_top
+        if pdl:
+            gdc_launch_dependents()
         result = tl.trans(acc / tl.where(denominator == 0.0, 1.0, denominator)[None, :])
         stored = in_group[:, None] & (lane_v < v_dim)[None, :]
         row_out = out + row * (kv_heads * group) * v_dim
@@ -260,10 +304,9 @@ def decode_kernel(
             place_out = q_head[:, None] * v_dim + lane_v[None, :]
             tl.store(row_out + place_out, result.to(out.dtype.element_ty), mask=stored)
         else:
-            first_piece = tl.load(row_offset + row)
-            piece = (first_piece + split) * (kv_heads * group) + q_head
-            tl.store(partial + piece[:, None] * v_dim + lane_v[None, :], result, mask=stored)
-            tl.store(partial_lse + piece, top + tl.log2(denominator), mask=in_group)
+            place = piece * (kv_heads * group) + q_head
+            tl.store(partial + place[:, None] * v_dim + lane_v[None, :], result, mask=stored)
+            tl.store(partial_lse + place, top + tl.log2(denominator), mask=in_group)
             tl.debug_barrier()  # every thread's part must be there before the arrival is told
             arrival = arrived + row * kv_heads + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == splits - 1:
@@ -274,5 +317,6 @@ def decode_kernel(
                 tl.store(arrival, 0)
         # Longest items come first: whoever had the shortest of them takes the longest of the next.
         item = 2 * (item // lanes + 1) * lanes - 1 - item
+        row, slot, length, start, stop, piece, first_piece, splits = _load_item(items, item, room)
     if pdl:
         gdc_wait()  # without an item too: what comes after this kernel takes the one ahead for ended

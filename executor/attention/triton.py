@@ -17,7 +17,7 @@ import torch
 import triton
 
 from executor.attention import LayerSpec, PagedLayer
-from executor.attention.decode_kernels import decode_kernel, split_kernel
+from executor.attention.decode_kernels import ITEM_WORDS, decode_kernel, split_kernel
 from executor.attention.kernels import prefill_kernel, tiles_kernel, write_kv_kernel
 from executor.inputs import StepInputs
 from executor.layer_launch import LayerLaunch
@@ -61,12 +61,7 @@ class WorkList:
         self._slots = max(1, _multiprocessors(device) * _PROGRAMS_PER_SM // kv_heads)
         self._max_rows = max_rows
         self._rows_pad = max(_FEW_ROWS, triton.next_power_of_2(max_rows))
-        items = self.capacity(max_rows)
-        self.item_row = torch.zeros(items, dtype=torch.int32, device=device)
-        self.item_split = torch.zeros(items, dtype=torch.int32, device=device)
-        self.row_splits = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.row_offset = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.header = torch.zeros(2, dtype=torch.int32, device=device)  # work items, tokens of a chunk
+        self.items = torch.zeros(self.capacity(max_rows), ITEM_WORDS, dtype=torch.int32, device=device)
 
     def capacity(self, rows: int) -> int:
         """Work items a step of `rows` decode rows may have."""
@@ -76,17 +71,16 @@ class WorkList:
         """Of one KV head: as many as run at once, or one for each row. Those with short items take further ones."""
         return max(rows, self._slots)
 
-    def fill(self, kv_len: torch.Tensor, counts: torch.Tensor, rows: int) -> None:
-        """Cut the decode rows, at most `rows`, of `kv_len` int32 [rows]; `counts` as in StepInputs."""
+    def fill(self, inputs: StepInputs) -> None:
+        """Cut the decode rows of a step."""
+        rows = inputs.num_decode
         assert rows <= self._max_rows, f"{rows} decode rows, the work list was made for {self._max_rows}"
         split_kernel[(-(-rows // _FEW_ROWS),)](
-            kv_len,
-            counts,
-            self.item_row,
-            self.item_split,
-            self.row_splits,
-            self.row_offset,
-            self.header,
+            inputs.kv_len,
+            inputs.row_slot,
+            inputs.counts,
+            self.items,
+            len(self.items),
             self._slots,
             self.window,
             rows_pad=_FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
@@ -146,7 +140,7 @@ class TritonBackend:
         self._begin_launches()
         if inputs.num_decode:
             for work in self._work.values():
-                work.fill(inputs.kv_len, inputs.counts, inputs.num_decode)
+                work.fill(inputs)
         if not inputs.decode_only:
             for tiles in self._tiles.values():
                 tiles.fill(inputs)
@@ -213,13 +207,8 @@ class TritonBackend:
             layer.k_cache,
             layer.v_cache,
             inputs.block_table,
-            inputs.row_slot,
-            inputs.kv_len,
-            work.item_row,
-            work.item_split,
-            work.row_splits,
-            work.row_offset,
-            work.header,
+            work.items,
+            len(work.items),
             self._partial,
             self._partial_lse,
             self._arrived,
@@ -227,7 +216,6 @@ class TritonBackend:
             out,
             *(_NO_HEADS if fresh is None else fresh.arguments),
             *_scales(spec),
-            work.window,
             query.stride(0),
             query.stride(1),
             inputs.block_table.stride(0),

@@ -59,7 +59,7 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
         """Up to 16 rows are faster by `linear_kernel`, more by cuBLAS."""
         run()
         rows = ran[-1]
-        few = decoder.ways[decoder_module.block_m(rows)].few
+        few = decoder.ways[decoder_module.row_class(rows)].few
         return float(few == (rows > 16))
 
     monkeypatch.setattr(decoder_module, "time_graph", seconds)

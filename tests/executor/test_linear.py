@@ -24,7 +24,7 @@ _DEVICE = torch.device("cuda" if _ON_GPU else "cpu")
 _DTYPE = torch.bfloat16 if _ON_GPU else torch.float32
 _LIMIT = 4e-3 if _ON_GPU else 1e-5
 _SHAPES = [(256, 128), (384, 1024), (2048, 640)] if _ON_GPU else [(128, 256)]
-_ROWS = [1, 3, 16, 17, 32, 33, 64] if _ON_GPU else [1, 17]
+_ROWS = [1, 3, 16, 17, 32, 33, 64, 65, 100, 128] if _ON_GPU else [1, 17, 70]
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -46,7 +46,7 @@ def rows_on_their_way(rows: int, width: int) -> tuple[object, torch.Tensor]:
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_every_tile_matches_float64(shape: tuple[int, int], gated: bool) -> None:
-    from executor.linear import Linear, Shape, SkinnyLinears, block_m, candidates
+    from executor.linear import Linear, Shape, SkinnyLinears, candidates, row_class
 
     n, k = shape
     weight = (torch.randn(n * (1 + gated), k, device=_DEVICE) / k**0.5).to(_DTYPE)
@@ -56,8 +56,8 @@ def test_every_tile_matches_float64(shape: tuple[int, int], gated: bool) -> None
     for rows in _ROWS:
         scaled, normed = rows_on_their_way(rows, k)
         plain = torch.randn(rows, k, device=_DEVICE).to(_DTYPE)
-        for tile in candidates(Shape(n, k, gated, block_m(rows))):
-            skinny._tiles[Shape(n, k, gated, block_m(rows))] = tile
+        for tile in candidates(Shape(n, k, gated, row_class(rows))):
+            skinny._tiles[Shape(n, k, gated, row_class(rows))] = tile
             for x, reference in ((plain, plain.double()), (scaled, normed)):
                 want = reference @ weight.double().T
                 want = F.silu(want[:, :n]) * want[:, n:] if gated else want + bias.double()  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ def test_every_tile_matches_float64(shape: tuple[int, int], gated: bool) -> None
 
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 def test_adding_prepares_the_next_norm(shape: tuple[int, int]) -> None:
-    from executor.linear import Linear, Shape, SkinnyLinears, block_m, candidates
+    from executor.linear import Linear, Shape, SkinnyLinears, candidates, row_class
 
     n, k = shape
     linear = Linear((torch.randn(n, k, device=_DEVICE) / k**0.5).to(_DTYPE))
@@ -78,8 +78,8 @@ def test_adding_prepares_the_next_norm(shape: tuple[int, int]) -> None:
     for rows in _ROWS:
         x, residual = (torch.randn(rows, width, device=_DEVICE).to(_DTYPE) for width in (k, n))
         want = residual.double() + x.double() @ linear.weight.double().T
-        for tile in candidates(Shape(n, k, False, block_m(rows))):
-            skinny._tiles[Shape(n, k, False, block_m(rows))] = tile
+        for tile in candidates(Shape(n, k, False, row_class(rows))):
+            skinny._tiles[Shape(n, k, False, row_class(rows))] = tile
             out, scaled = skinny.add(linear, x, residual, gain, 1e-6)
             assert error(out, want) < _LIMIT, (rows, tile)
             assert error(scaled.value, out.double() * gain.double()) < _LIMIT

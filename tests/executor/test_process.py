@@ -265,7 +265,7 @@ def test_nothing_is_compiled_or_captured_while_a_fused_model_serves_any_mix(
     skip_without("cuda")
     save_model(tmp_path, "Qwen3Config", WIDER)
     limits = {"max_num_seqs": 40, "max_num_batched_tokens": 4500, "num_blocks": 400}
-    config = make_config(tmp_path, device="cuda", dtype="bfloat16", **limits)
+    config = make_config(tmp_path, device="cuda", dtype="bfloat16", compile=True, **limits)
     executor = ExecutorProcess(config, tmp_path)
     spawned.append(executor)
     executor.wait_ready()
