@@ -33,7 +33,8 @@ import torch.nn.functional as F
 import triton
 from tqdm import tqdm
 
-from executor.attention import LayerSpec, PagedLayer
+from executor import layer_kernels, linear_kernels
+from executor.attention import LayerSpec, PagedLayer, decode_kernels
 from executor.attention.triton import Heads, TritonBackend
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
@@ -59,6 +60,7 @@ _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
 _MANY_TIMED: Final = 512
 DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
 _GATE_BLOCK: Final = 1024
+_KERNELS: Final = (layer_kernels, linear_kernels, decode_kernels)
 _ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
 _MANY_TOKENS: Final = 64  # from here on
@@ -152,7 +154,7 @@ class FusedDecoder:
             for size, rows in timed.items()
             if _row_class(rows) == size
         }
-        path = cache_path("decoder", self._head.weight.device)
+        path = cache_path("decoder", self._head.weight.device, *_KERNELS)
         known = read_choices(path)
         is_known = all(self._take(size, known.get(key)) for size, key in keys.items())
         if self._ranks is not None:

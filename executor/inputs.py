@@ -46,6 +46,7 @@ class StepInputs:
     )  # int64 [rows + scores], each row's last token, and each scored one: where logits are wanted
     row_sample: torch.Tensor  # int32 [rows], 0 = the row ends inside its prompt
     block_table: torch.Tensor  # int32 [slots, max_blocks_per_seq]; indexed by row_slot
+    is_exact: bool = True  # the four numbers are what there is, not what there is room for
 
     @property
     def decode_only(self) -> bool:

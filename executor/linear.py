@@ -17,6 +17,7 @@ import torch
 import triton
 from triton import AsyncCompileMode
 
+from executor import linear_kernels
 from executor.layer_launch import LayerLaunch
 from executor.linear_kernels import linear_kernel
 from executor.measured import cache_path, read_choices, settle_choices
@@ -261,7 +262,7 @@ class SkinnyLinears:
 
         `linears` are all those of the model: going round them keeps weights out of the L2 cache, as in a step.
         """
-        path = cache_path("linear", linears[0].weight.device)
+        path = cache_path("linear", linears[0].weight.device, linear_kernels)
         known = read_choices(path)
         missing = [shape for shape in self._tiles if not self._take(shape, known)]
         measured = {}

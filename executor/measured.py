@@ -7,22 +7,28 @@ choices, so it computes the same bits, and is ready sooner.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 
-def cache_path(kind: str, device: torch.device) -> Path:
-    """The file of one kind of choices: they hold for one model of GPU and one version of Triton."""
+def cache_path(kind: str, device: torch.device, *measured: ModuleType) -> Path:
+    """The file of one kind of choices: they hold for one model of GPU, one version of Triton and these kernels."""
     import triton
+
+    digest = hashlib.sha256(triton.__version__.encode())
+    for module in measured:
+        digest.update(Path(str(module.__file__)).read_bytes())
 
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else "cpu"
-    return root / "tandem-engine" / f"{kind}-{name}-triton-{triton.__version__}.json"
+    return root / "tandem-engine" / f"{kind}-{name}-{digest.hexdigest()[:12]}.json"
 
 
 def read_choices(path: Path) -> dict[str, Any]:

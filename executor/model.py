@@ -142,12 +142,34 @@ def load_model(
             model.notes.append(f"{ranks.size} ranks")
         model.notes.append(f"{fused} groups of linear layers fused" if fused else f"not fused: {unfused_reason}")
         check_paging(model)
+        _try_flash(model)
     except ConfigError:
         raise
     except Exception as error:
         reason = f"{type(module).__name__} cannot be served: {type(error).__name__}: {error}"
         raise ModelError(reason, param="--model") from error
     return model
+
+
+def _try_flash(model: Model) -> None:
+    """Let FlashAttention-3 take prompts if it is there and leaves the logits alone."""
+    if model.device.type != "cuda":
+        return
+    from executor.attention.flash import find_flash_attention
+    from executor.attention.triton import TritonBackend  # Triton is not there on a machine without CUDA
+
+    backend, found = model._backend, find_flash_attention(model.device)
+    assert isinstance(backend, TritonBackend), f"backend {backend.name} on CUDA"
+    # The check sums over ranks, so all of them run it or none.
+    if found is None if model.ranks is None else not model.ranks.agree(found is not None):
+        return
+    backend.flash = found
+    try:
+        check_paging(model)
+        model.notes.append("prompts by FlashAttention-3")
+    except Exception as error:
+        backend.flash = None
+        model.notes.append(f"no FlashAttention-3: {' '.join(str(error).split())[:_REASON_LETTERS]}")
 
 
 def optimize_model(model: Model) -> None:

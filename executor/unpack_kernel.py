@@ -79,8 +79,9 @@ class Unpack:
         self._sizes = limits.max_blocks_per_seq, state.null_slot, state.block_size, rows.bit_length(), _BLOCK
         self._launch: Any = None  # of the compiled kernel; to find it by its arguments would take 50 us a step
 
-    def room(self, *, rows: int, decode: int, prefill: int, tokens: int) -> StepInputs:
-        """Inputs for up to so many rows, decode rows, prefill rows and tokens. Their memory is that of all others."""
+    def room(self, *, rows: int, decode: int, prefill: int, tokens: int, is_exact: bool = False) -> StepInputs:
+        """Inputs for up to so many rows, decode rows, prefill rows and tokens, or for just these if `is_exact`. Their
+        memory is that of all others."""
         every = self._all
         return StepInputs(
             num_rows=rows,
@@ -97,6 +98,7 @@ class Unpack:
             last_index=every.last_index[:rows],
             row_sample=every.row_sample[:rows],
             block_table=every.block_table,
+            is_exact=is_exact,
         )
 
     def __call__(self, plan: StagedPlan, inputs: StepInputs, token_address: int = 0) -> None:
@@ -120,7 +122,11 @@ class Unpack:
         """`build_inputs` and all before it."""
         header = plan.header
         inputs = self.room(
-            rows=header.num_rows, decode=header.num_decode, prefill=header.num_prefill, tokens=header.num_tokens
+            rows=header.num_rows,
+            decode=header.num_decode,
+            prefill=header.num_prefill,
+            tokens=header.num_tokens,
+            is_exact=True,
         )
         self(plan, inputs)
         if header.num_scores:

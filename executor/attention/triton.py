@@ -18,6 +18,7 @@ import triton
 
 from executor.attention import LayerSpec, PagedLayer
 from executor.attention.decode_kernels import ITEM_WORDS, decode_kernel, split_kernel
+from executor.attention.flash import Attend, Prompts, suits
 from executor.attention.kernels import prefill_kernel, tiles_kernel, write_kv_kernel
 from executor.inputs import StepInputs
 from executor.layer_launch import LayerLaunch
@@ -133,6 +134,8 @@ class TritonBackend:
         kv_heads = max(spec.kv_heads for spec in specs)
         self._arrived = torch.zeros(max_rows * kv_heads, dtype=torch.int32, device=device)
         self._inputs: StepInputs | None = None
+        self.flash: Attend | None = None  # takes the prompts of exact steps
+        self._prompts: Prompts | None = None  # of the step, for it
         self._decode_kernel, self._prefill_kernel = LayerLaunch(decode_kernel), LayerLaunch(prefill_kernel)
 
     def begin(self, inputs: StepInputs) -> None:
@@ -141,9 +144,12 @@ class TritonBackend:
         if inputs.num_decode:
             for work in self._work.values():
                 work.fill(inputs)
+        self._prompts = None
         if not inputs.decode_only:
             for tiles in self._tiles.values():
                 tiles.fill(inputs)
+            if self.flash is not None and inputs.is_exact:
+                self._prompts = Prompts.of(inputs)
 
     def _begin_launches(self) -> None:
         self._decode_kernel.begin()
@@ -172,10 +178,17 @@ class TritonBackend:
         """
         inputs, spec = self._inputs, layer.spec
         assert inputs is not None, "read before begin"
+        flashed = None
+        if self.flash is not None and self._prompts is not None and suits(spec):
+            flashed = self._prompts.attend(self.flash, layer, query)
+            if not inputs.num_decode:
+                return flashed
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)
         if inputs.num_decode:
             self._decode(layer, inputs, query, sinks, out, None, pdl)
-        if not inputs.decode_only:
+        if flashed is not None:
+            out[inputs.num_decode :] = flashed
+        elif not inputs.decode_only:
             self._prefill(layer, inputs, query, sinks, out)
         return out
 

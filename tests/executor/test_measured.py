@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
-from executor.measured import read_choices, settle_choices
+import pytest
+import torch
+
+from executor.measured import cache_path, read_choices, settle_choices
 
 
 def test_who_measures_first_decides_for_all(tmp_path: Path) -> None:
@@ -43,3 +48,13 @@ def test_a_broken_file_is_replaced_and_a_folder_that_cannot_be_written_does_not_
     assert settle_choices(path, read_choices(path), {"a": 1}) == {"a": 1}
     assert read_choices(path) == {"a": 1}
     assert settle_choices(path / "below a file" / "kind.json", {}, {"a": 1}) == {"a": 1}
+
+
+def test_other_kernels_have_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3"))
+    kernels = SimpleNamespace(__file__=str(tmp_path / "kernels.py"))
+    names = []
+    for source in ("one", "other", "one"):
+        (tmp_path / "kernels.py").write_text(source)
+        names.append(cache_path("kind", torch.device("cpu"), kernels).name)  # type: ignore[arg-type]
+    assert names[0] == names[2] != names[1]
