@@ -163,12 +163,13 @@ def _try_flash(model: Model) -> None:
     # The check sums over ranks, so all of them run it or none.
     if found is None if model.ranks is None else not model.ranks.agree(found is not None):
         return
-    backend.flash = found
+    backend.use_flash(found, always=True)
     try:
         check_paging(model)
-        model.notes.append("prompts by FlashAttention-3")
+        backend.use_flash(found)
+        model.notes.append("long prompts by FlashAttention-3")
     except Exception as error:
-        backend.flash = None
+        backend.use_flash(None)
         model.notes.append(f"no FlashAttention-3: {' '.join(str(error).split())[:_REASON_LETTERS]}")
 
 

@@ -1,4 +1,4 @@
-"""FlashAttention-3 for prompts, taken where its package is installed. Used by `executor.attention.triton`.
+"""FlashAttention-3 for long prompts, taken where its package is installed. Used by `executor.attention.triton`.
 
 It reads the same pages. Its launch needs the prompts' number and lengths as tensors of their own, so only steps whose
 numbers the host knows take it: those outside CUDA graphs, which are the ones with many prompt tokens.

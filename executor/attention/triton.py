@@ -31,6 +31,7 @@ _SPLIT_BLOCK: Final = 64
 _TILES_BLOCK: Final = 128
 _MIN_CHUNK: Final = 128
 _JOIN_LANES: Final = 2048  # numbers that one warp joins at once
+_FLASH_TOKENS: Final = 1024  # of a prompt on average: FlashAttention costs more to launch, and less for each token
 _CHUNK_OVERHEAD: Final = 200  # cost of starting a work item, in KV tokens
 
 
@@ -134,9 +135,14 @@ class TritonBackend:
         kv_heads = max(spec.kv_heads for spec in specs)
         self._arrived = torch.zeros(max_rows * kv_heads, dtype=torch.int32, device=device)
         self._inputs: StepInputs | None = None
-        self.flash: Attend | None = None  # takes the prompts of exact steps
-        self._prompts: Prompts | None = None  # of the step, for it
+        self._flash: Attend | None = None
+        self._flash_tokens = 0
+        self._prompts: Prompts | None = None  # of the step, if it takes them
         self._decode_kernel, self._prefill_kernel = LayerLaunch(decode_kernel), LayerLaunch(prefill_kernel)
+
+    def use_flash(self, call: Attend | None, always: bool = False) -> None:
+        """Let FlashAttention take the prompts of exact steps where they are long, or `always`; or nobody."""
+        self._flash, self._flash_tokens = call, 0 if always else _FLASH_TOKENS
 
     def begin(self, inputs: StepInputs) -> None:
         self._inputs = inputs
@@ -148,7 +154,8 @@ class TritonBackend:
         if not inputs.decode_only:
             for tiles in self._tiles.values():
                 tiles.fill(inputs)
-            if self.flash is not None and inputs.is_exact:
+            tokens = inputs.num_tokens - inputs.num_decode
+            if self._flash is not None and inputs.is_exact and tokens >= self._flash_tokens * inputs.num_prefill:
                 self._prompts = Prompts.of(inputs)
 
     def _begin_launches(self) -> None:
@@ -179,8 +186,8 @@ class TritonBackend:
         inputs, spec = self._inputs, layer.spec
         assert inputs is not None, "read before begin"
         flashed = None
-        if self.flash is not None and self._prompts is not None and suits(spec):
-            flashed = self._prompts.attend(self.flash, layer, query)
+        if self._flash is not None and self._prompts is not None and suits(spec):
+            flashed = self._prompts.attend(self._flash, layer, query)
             if not inputs.num_decode:
                 return flashed
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)

@@ -74,7 +74,7 @@ class Documented:
 
 def run(flash: Any, case: Case) -> None:
     backend = triton_backend(case.layer.spec)
-    backend.flash = flash
+    backend.use_flash(flash, always=True)  # type: ignore[attr-defined]
     check(backend, case)
 
 
@@ -97,11 +97,24 @@ def test_steps_with_room_and_layers_it_cannot_do_are_left_to_triton() -> None:
     for spec in (make_spec(), make_spec(dtype=half, sinks=True), make_spec(dims=(32, 16), dtype=half)):
         run(documented, make_case(spec, MIXED, device=DEVICE))
     case = make_case(make_spec(dtype=half), MIXED, device=DEVICE)
-    backend = triton_backend(case.layer.spec)
-    backend.flash = documented
+    backend: Any = triton_backend(case.layer.spec)
+    backend.use_flash(documented, always=True)
     backend.begin(with_room(case, rows=9, decode=8, prefill=6, tokens=90))
     assert backend._prompts is None
     assert documented.calls == 0
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_short_prompts_are_left_to_triton() -> None:
+    case = make_case(make_spec(dtype=torch.float16), [(20, 1), (1100, 1030), (1030, 1019)], device=DEVICE)
+    backend: Any = triton_backend(case.layer.spec)
+    backend.use_flash(Documented())
+    backend.begin(case.inputs)
+    assert backend._prompts is not None  # 1024.5 tokens a prompt
+    case.inputs.num_tokens -= 2
+    backend.begin(case.inputs)
+    assert backend._prompts is None
 
 
 @pytest.mark.gpu
@@ -125,10 +138,10 @@ def test_one_that_computes_something_else_is_not_taken(monkeypatch: pytest.Monke
         return torch.zeros_like(q)
 
     monkeypatch.setattr(flash, "find_flash_attention", lambda _: wrong)
-    save_model(tmp_path, *ARCHITECTURES["llama"])
+    save_model(tmp_path, *ARCHITECTURES["llama"][:2])
     loaded = model.load_model(engine_config(tmp_path, device="cuda", dtype="bfloat16"), False)
     assert any(note.startswith("no FlashAttention-3: ") for note in loaded.notes)
-    assert loaded._backend.flash is None  # type: ignore[attr-defined]
+    assert loaded._backend._flash is None  # type: ignore[attr-defined]
 
 
 def test_there_is_none_on_the_cpu() -> None:
