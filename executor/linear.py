@@ -168,7 +168,7 @@ class SkinnyLinears:
                 raise ValueError(f"{shape.n} x {shape.k} features do not divide into tiles")
             self._tiles[shape] = options[0]
             scratch = max(scratch, *(_scratch(shape, tile) for tile in options))
-            tiles = max(tiles, *(_tiles(shape.n, tile, shape.rows) for tile in options))
+            tiles = max(tiles, *(_num_tiles(shape.n, tile, shape.rows) for tile in options))
         self._kernel = LayerLaunch(linear_kernel)
         self._partial = torch.empty(scratch, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
@@ -219,7 +219,7 @@ class SkinnyLinears:
     ) -> None:
         arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink)
         value = x.value if isinstance(x, Scaled) else x
-        self._kernel((_tiles(linear.n, tile, len(value)) * tile.splits, 1, 1), arguments, options)
+        self._kernel((_num_tiles(linear.n, tile, len(value)) * tile.splits, 1, 1), arguments, options)
 
     def _arguments(
         self,
@@ -341,7 +341,7 @@ def _options(
     }
 
 
-def _tiles(n: int, tile: Tile, rows: int) -> int:
+def _num_tiles(n: int, tile: Tile, rows: int) -> int:
     """Tiles of so many output features and rows."""
     return n // tile.block_n * -(-rows // tile.block_m)
 

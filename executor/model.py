@@ -152,16 +152,16 @@ def load_model(
 
 
 def _try_flash(model: Model) -> None:
-    """Let FlashAttention-3 take prompts if it is there and leaves the logits alone."""
-    if model.device.type != "cuda":
+    """Let FlashAttention-3 take long prompts if it is there and leaves the logits alone; on one rank only."""
+    # A rank that failed the check alone would leave the others waiting for its sums.
+    if model.device.type != "cuda" or model.ranks is not None:
         return
     from executor.attention.flash import find_flash_attention
     from executor.attention.triton import TritonBackend  # Triton is not there on a machine without CUDA
 
     backend, found = model._backend, find_flash_attention(model.device)
     assert isinstance(backend, TritonBackend), f"backend {backend.name} on CUDA"
-    # The check sums over ranks, so all of them run it or none.
-    if found is None if model.ranks is None else not model.ranks.agree(found is not None):
+    if found is None:
         return
     backend.use_flash(found, always=True)
     try:

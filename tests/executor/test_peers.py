@@ -52,17 +52,17 @@ def test_products_are_sent_and_summed_or_gathered(pdl: bool) -> None:
     dtype, width, inner = torch.bfloat16 if ON_GPU else torch.float32, 128, 256
     if pdl and not has_pdl(torch.device(DEVICE)):
         pytest.skip("needs programmatic dependent launch")
-    share = 192
-    size = bytes_of(ROWS, width, share, dtype, 2)
+    share, room = 192, 70  # rows of more than one tile
+    size = bytes_of(room, width, share, dtype, 2)
     memories = [torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     addresses = [memory.data_ptr() for memory in memories]
-    ranks = [Peers(i, memories[i], addresses, rows=ROWS, width=width, share=share, dtype=dtype) for i in range(2)]
+    ranks = [Peers(i, memories[i], addresses, rows=room, width=width, share=share, dtype=dtype) for i in range(2)]
     linears = [Linear((torch.randn(width, inner, device=DEVICE) / inner**0.5).to(dtype)) for _ in ranks]
     heads = [Linear((torch.randn(share, inner, device=DEVICE) / inner**0.5).to(dtype)) for _ in ranks]
     skinny = SkinnyLinears([*linears, *heads], torch.device(DEVICE))
     skinny.pdl = pdl
     for turn, place in enumerate((*Place, *Place, *Place)):
-        rows = 1 + turn % ROWS
+        rows = room if turn == 4 else 1 + turn % ROWS
         inputs = torch.randn(2, rows, inner, device=DEVICE).to(dtype)
         x, gain = torch.randn(rows, width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE).to(dtype)
         for peers, linear, y in zip(ranks, linears, inputs, strict=True):
