@@ -63,7 +63,7 @@ _GATE_BLOCK: Final = 1024
 _KERNELS: Final = (layer_kernels, linear_kernels, decode_kernels)
 _ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
-_MANY_TOKENS: Final = 64  # from here on
+_FEW_TOKENS: Final = 64  # up to here there are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ class FusedDecoder:
         """Queries [tokens, q_heads, dim], ready for attention; keys and values go into their pages."""
         spec, tokens = layer.spec, len(qkv)
         query = qkv.new_empty(tokens, spec.q_heads, spec.k_dim)
-        block = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= _MANY_TOKENS else _HEADS)
+        block = math.gcd(spec.q_heads, spec.kv_heads, 1 if tokens <= _FEW_TOKENS else _HEADS)
         arguments = (
             qkv, inputs.positions, inputs.slot_mapping, query, layer.k_cache, layer.v_cache, *heads.arguments
         )  # fmt: skip

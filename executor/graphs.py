@@ -3,9 +3,9 @@
 Two ladders: steps of decode rows only, by rows, and steps with prompt tokens, by tokens. Each size has one graph: the
 model, and the greedy tail (argmax, carry-over), which writes the tokens to an address that it finds on the device. In
 steps whose rows need more than greedy that is 0, the tail does nothing, and the caller samples eagerly from the graph's
-logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches
-take, so that padding would only cost; or somebody asked for the log-probabilities of a prompt. Called by the step
-runner only; nothing is captured while serving.
+logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches take, so that
+padding would only cost; or somebody asked for the log-probabilities of a prompt. Called by the step runner only;
+nothing is captured while serving.
 """
 
 from __future__ import annotations

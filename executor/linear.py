@@ -104,6 +104,10 @@ class Linear:
     def k(self) -> int:
         return self.weight.shape[1]
 
+    def shape(self, rows: int) -> Shape:
+        """Of its products with so many rows."""
+        return Shape(self.n, self.k, self.gated, row_class(rows))
+
 
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before it ends: programmatic dependent launch, from Hopper on."""
@@ -203,7 +207,7 @@ class SkinnyLinears:
         return out, scaled
 
     def _tile(self, linear: Linear, rows: int) -> Tile:
-        return self._tiles[Shape(linear.n, linear.k, linear.gated, row_class(rows))]
+        return self._tiles[linear.shape(rows)]
 
     def _launch(
         self,
@@ -218,8 +222,8 @@ class SkinnyLinears:
         sink: Sink | None = None,
     ) -> None:
         arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink)
-        value = x.value if isinstance(x, Scaled) else x
-        self._kernel((_num_tiles(linear.n, tile, len(value)) * tile.splits, 1, 1), arguments, options)
+        rows = len(arguments[0])
+        self._kernel((_num_tiles(linear.n, tile, rows) * tile.splits, 1, 1), arguments, options)
 
     def _arguments(
         self,
@@ -234,7 +238,6 @@ class SkinnyLinears:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value, square, eps = (x.value, x.square, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
         parts = 0 if square is None else len(square)
-        rows = len(value)
         arguments = (
             value,
             linear.weight,
@@ -248,14 +251,13 @@ class SkinnyLinears:
             self._partial,
             self._arrived,
             *(_NOWHERE if sink is None else (sink.addresses, sink.turns, sink.turns_at, sink.place)),
-            rows,
+            len(value),
             value.stride(0),
             eps,
         )
-        shape = Shape(linear.n, linear.k, linear.gated, row_class(rows))
+        kind = linear.n, linear.k, linear.gated, linear.bias is not None
         ranks = 0 if sink is None else len(sink.addresses)
-        options = _options(shape, tile, parts, linear.bias is not None, residual is not None, ranks, self.pdl)
-        return arguments, options
+        return arguments, _options(*kind, tile, parts, residual is not None, ranks, self.pdl)
 
     def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[Shape]], Iterator[Shape]]) -> None:
         """Measure the candidates of every shape and keep the fastest; a GPU that was measured before is read from disk.
@@ -307,22 +309,17 @@ class SkinnyLinears:
 
 def _shapes(linears: Sequence[Linear]) -> list[Shape]:
     """All kinds of products of these layers."""
-    shapes = (
-        Shape(linear.n, linear.k, linear.gated, size)
-        for linear in linears
-        for size in ROW_CLASSES
-        if size <= linear.max_rows
-    )
+    shapes = (linear.shape(size) for linear in linears for size in ROW_CLASSES if size <= linear.max_rows)
     return list(dict.fromkeys(shapes))
 
 
 @cache
 def _options(
-    shape: Shape, tile: Tile, parts: int, has_bias: bool, has_residual: bool, ranks: int, pdl: bool
+    n: int, k: int, gated: bool, has_bias: bool, tile: Tile, parts: int, has_residual: bool, ranks: int, pdl: bool
 ) -> dict[str, Any]:
     return {
-        "n": shape.n,
-        "k": shape.k,
+        "n": n,
+        "k": k,
         "parts": parts,
         "parts_pad": triton.next_power_of_2(max(1, parts)),
         "splits": tile.splits,
@@ -330,7 +327,7 @@ def _options(
         "block_n": tile.block_n,
         "block_k": tile.block_k,
         "stages": tile.stages,
-        "gated": shape.gated,
+        "gated": gated,
         "has_bias": has_bias,
         "has_residual": has_residual,
         "ranks": ranks,

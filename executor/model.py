@@ -170,7 +170,7 @@ def _try_flash(model: Model) -> None:
         model.notes.append("long prompts by FlashAttention-3")
     except Exception as error:
         backend.use_flash(None)
-        model.notes.append(f"no FlashAttention-3: {' '.join(str(error).split())[:_REASON_LETTERS]}")
+        model.notes.append(f"no FlashAttention-3: {_one_line(error)}")
 
 
 def optimize_model(model: Model) -> None:
@@ -224,7 +224,11 @@ def compile_model(model: Model, backend: str = "inductor") -> None:
     except Exception as error:
         compilation.restore(model._module, model.attentions)
         model.implementation = probe.SERVE
-        model.notes.append(f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[:_REASON_LETTERS]}")
+        model.notes.append(f"not compiled: {type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_REASON_LETTERS]
 
 
 def _own_logits(module: Any) -> torch.Tensor:

@@ -54,6 +54,7 @@ def suits(spec: LayerSpec) -> bool:
 class Prompts:
     """The prefill rows of one step, as FlashAttention takes them; the same for all layers."""
 
+    call: Attend
     first: int  # token
     starts: torch.Tensor  # int32 [prompts + 1], row -> first query, from 0 on
     kv_len: torch.Tensor  # int32 [prompts]
@@ -61,10 +62,11 @@ class Prompts:
     longest: int  # queries of a row, at most
 
     @classmethod
-    def of(cls, inputs: StepInputs) -> Prompts:
+    def of(cls, inputs: StepInputs, call: Attend) -> Prompts:
         """From a step with prefill rows whose numbers are exact."""
         first = inputs.num_decode  # decode rows have one token each
         return cls(
+            call,
             first,
             inputs.query_start[first:] - first,
             inputs.kv_len[first:],
@@ -72,7 +74,7 @@ class Prompts:
             inputs.num_tokens - first,
         )
 
-    def attend(self, call: Attend, layer: PagedLayer, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: PagedLayer, query: torch.Tensor) -> torch.Tensor:
         """[tokens - first, q_heads, dim] for queries [tokens, q_heads, dim]."""
         spec = layer.spec
         options: dict[str, Any] = {}
@@ -80,7 +82,7 @@ class Prompts:
             options["window_size"] = (spec.window - 1, 0)
         if spec.softcap is not None:
             options["softcap"] = spec.softcap
-        return call(
+        return self.call(
             query[self.first :],
             layer.k_cache,
             layer.v_cache,

@@ -63,11 +63,8 @@ class WorkList:
         self._slots = max(1, _multiprocessors(device) * _PROGRAMS_PER_SM // kv_heads)
         self._max_rows = max_rows
         self._rows_pad = max(_FEW_ROWS, triton.next_power_of_2(max_rows))
-        self.items = torch.zeros(self.capacity(max_rows), ITEM_WORDS, dtype=torch.int32, device=device)
-
-    def capacity(self, rows: int) -> int:
-        """Work items a step of `rows` decode rows may have."""
-        return rows + 2 * self._slots
+        # As many as `split_kernel` may make of `max_rows`.
+        self.items = torch.zeros(max_rows + 2 * self._slots, ITEM_WORDS, dtype=torch.int32, device=device)
 
     def programs(self, rows: int) -> int:
         """Of one KV head: as many as run at once, or one for each row. Those with short items take further ones."""
@@ -127,7 +124,7 @@ class TritonBackend:
         keys = {(spec.window, spec.kv_heads) for spec in specs}
         self._work = {key: WorkList(*key, max_rows=max_rows, device=device) for key in keys}
         self._tiles = {size: TileList(size, max_rows) for size in {_tile_tokens(spec) for spec in specs}}
-        items = max(work.capacity(max_rows) for work in self._work.values())
+        items = max(len(work.items) for work in self._work.values())
         heads = max(spec.q_heads for spec in specs)
         width = max(spec.q_heads * spec.v_dim for spec in specs)
         self._partial = torch.zeros(items * width, dtype=torch.float32, device=device)
@@ -156,7 +153,7 @@ class TritonBackend:
                 tiles.fill(inputs)
             tokens = inputs.num_tokens - inputs.num_decode
             if self._flash is not None and inputs.is_exact and tokens >= self._flash_tokens * inputs.num_prefill:
-                self._prompts = Prompts.of(inputs)
+                self._prompts = Prompts.of(inputs, self._flash)
 
     def _begin_launches(self) -> None:
         self._decode_kernel.begin()
@@ -186,8 +183,8 @@ class TritonBackend:
         inputs, spec = self._inputs, layer.spec
         assert inputs is not None, "read before begin"
         flashed = None
-        if self._flash is not None and self._prompts is not None and suits(spec):
-            flashed = self._prompts.attend(self._flash, layer, query)
+        if self._prompts is not None and suits(spec):
+            flashed = self._prompts.attend(layer, query)
             if not inputs.num_decode:
                 return flashed
         out = query.new_empty(query.shape[0], spec.q_heads, spec.v_dim)

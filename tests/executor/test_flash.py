@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from executor.attention import LayerSpec
 from executor.attention.flash import find_flash_attention
 from tests.executor.paged_generate import engine_config
 from tests.executor.test_architectures import ARCHITECTURES, save_model
@@ -18,6 +19,7 @@ from tests.executor.test_attention import (
     make_case,
     make_spec,
     needs_triton,
+    reference,
     triton_backend,
     with_room,
 )
@@ -57,18 +59,16 @@ class Documented:
         starts = cu_seqlens_q.tolist()
         assert starts[0] == 0 and starts[-1] == len(q)
         for row, (start, stop) in enumerate(pairwise(starts)):
-            queries, keys_seen = stop - start, int(cache_seqlens[row])
-            assert queries <= max_seqlen_q
-            k, v = (cache[page_table[row].long()].flatten(0, 1)[:keys_seen].float() for cache in (k_cache, v_cache))
-            group = q.shape[1] // k.shape[1]
-            scores = torch.einsum("qhd,khd->hqk", q[start:stop].float(), k.repeat_interleave(group, 1)) * softmax_scale
-            if softcap > 0.0:
-                scores = softcap * torch.tanh(scores / softcap)
-            # Aligned to the bottom right corner; the left end of the window is inclusive.
-            behind = torch.arange(queries)[:, None] + keys_seen - queries - torch.arange(keys_seen)[None, :]
-            seen = behind >= 0 if window_size[0] < 0 else (behind >= 0) & (behind <= window_size[0])
-            weights = scores.masked_fill(~seen.to(q.device), float("-inf")).softmax(-1)
-            out[start:stop] = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1)).to(q.dtype)
+            keys_seen = int(cache_seqlens[row])
+            assert stop - start <= max_seqlen_q
+            keys, values = (
+                cache[page_table[row].long()].flatten(0, 1)[:keys_seen].float().cpu() for cache in (k_cache, v_cache)
+            )
+            # Both are aligned to the bottom right corner; the left end of this window is inclusive.
+            window = None if window_size[0] < 0 else window_size[0] + 1
+            dim, heads = q.shape[2], (q.shape[1], k_cache.shape[2])
+            spec = LayerSpec(*heads, dim, dim, q.dtype, softmax_scale, window, softcap or None, False)
+            out[start:stop] = reference(spec, q[start:stop].float().cpu(), keys, values, None)
         return out
 
 
