@@ -95,7 +95,7 @@ class FusedDecoder:
         self._has_pdl = self._pdl = has_pdl(device)  # `_pdl` and `_few`: of the step that is launched
         self._few = False
         _, self.ways = self.both_ways()
-        self._qkv = [Linear(layer.qkv, layer.qkv_bias) for layer in weights.layers]
+        self._qkv = [Linear(layer.qkv, layer.qkv_bias, early=True) for layer in weights.layers]
         self._o = [Linear(layer.o) for layer in weights.layers]
         self._gate_up = [Linear(layer.gate_up, gated=True) for layer in weights.layers]
         self._down = [Linear(layer.down) for layer in weights.layers]

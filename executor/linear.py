@@ -95,6 +95,7 @@ class Linear:
     bias: torch.Tensor | None = None
     gated: bool = False
     max_rows: int = MAX_ROWS  # that the kernel is wanted for
+    early: bool = False  # what follows it reads ahead of its result
 
     @property
     def n(self) -> int:
@@ -185,7 +186,7 @@ class SkinnyLinears:
         """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated."""
         value = x.value if isinstance(x, Scaled) else x
         out = value.new_empty(len(value), linear.n)
-        self._launch(linear, x, self._tile(linear, len(value)), out=out)
+        self._launch(linear, x, self._tile(linear, len(value)), out=out, early=linear.early)
         return out
 
     def send(self, linear: Linear, x: torch.Tensor, sink: Sink) -> None:
@@ -220,8 +221,9 @@ class SkinnyLinears:
         gain: torch.Tensor | None = None,
         scaled: Scaled | None = None,
         sink: Sink | None = None,
+        early: bool = False,
     ) -> None:
-        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink)
+        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink, early)
         rows = len(arguments[0])
         self._kernel((_num_tiles(linear.n, tile, rows) * tile.splits, 1, 1), arguments, options)
 
@@ -235,6 +237,7 @@ class SkinnyLinears:
         gain: torch.Tensor | None = None,
         scaled: Scaled | None = None,
         sink: Sink | None = None,
+        early: bool = False,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value, square, eps = (x.value, x.square, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
         parts = 0 if square is None else len(square)
@@ -257,7 +260,7 @@ class SkinnyLinears:
         )
         kind = linear.n, linear.k, linear.gated, linear.bias is not None
         ranks = 0 if sink is None else len(sink.addresses)
-        return arguments, _options(*kind, tile, parts, residual is not None, ranks, self.pdl)
+        return arguments, _options(*kind, tile, parts, residual is not None, ranks, early, self.pdl)
 
     def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[Shape]], Iterator[Shape]]) -> None:
         """Measure the candidates of every shape and keep the fastest; a GPU that was measured before is read from disk.
@@ -315,7 +318,16 @@ def _shapes(linears: Sequence[Linear]) -> list[Shape]:
 
 @cache
 def _options(
-    n: int, k: int, gated: bool, has_bias: bool, tile: Tile, parts: int, has_residual: bool, ranks: int, pdl: bool
+    n: int,
+    k: int,
+    gated: bool,
+    has_bias: bool,
+    tile: Tile,
+    parts: int,
+    has_residual: bool,
+    ranks: int,
+    early: bool,
+    pdl: bool,
 ) -> dict[str, Any]:
     return {
         "n": n,
@@ -332,6 +344,7 @@ def _options(
         "has_residual": has_residual,
         "ranks": ranks,
         "prefetch": tile.prefetch,
+        "early": early,
         "pdl": pdl,
         "num_warps": tile.warps,
         "launch_pdl": pdl,

@@ -87,6 +87,7 @@ def linear_kernel(
     has_residual: tl.constexpr,
     ranks: tl.constexpr,  # 0: the result is stored in `out`
     prefetch: tl.constexpr,  # input features of each weight row to ask for before the input is there
+    early: tl.constexpr,  # the next kernel reads ahead of this one's result, so it may start at once
     pdl: tl.constexpr,
 ):
     """out = x @ weight.T, rows divided by their root mean square if `parts`; silu(gate) * up if gated; plus `residual`.
@@ -110,6 +111,8 @@ def linear_kernel(
             if gated:
                 _prefetch(line + n_offset)
         gdc_wait()
+        if early:
+            gdc_launch_dependents()
     lane_m = first_m + tl.arange(0, block_m)
     in_rows = lane_m < rows
     place = lane_m[None, :] * n + lane_n[:, None]
@@ -129,7 +132,7 @@ def linear_kernel(
         x, weight, rows, x_row, first_m, first_n, split * share, share, k, block_m, block_n, block_k, stages, n_offset,
         gated,
     )  # fmt: skip
-    if pdl:
+    if pdl and not early:
         gdc_launch_dependents()  # not before: who waits takes a place on a multiprocessor
     is_last = True
     if splits > 1:

@@ -187,6 +187,37 @@ def _join(
 
 
 @triton.jit
+def _open(
+    q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
+    cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
+    kv_heads: tl.constexpr, k_dim: tl.constexpr, v_dim: tl.constexpr, k_pad: tl.constexpr, v_pad: tl.constexpr,
+    page: tl.constexpr, fresh: tl.constexpr, has_norm: tl.constexpr,
+):  # fmt: skip
+    """Queries [k_pad, heads] of a row. If the item `ends` with the new token, that token's key and value go into their
+    page and are the first that is attended."""
+    lane_k = tl.arange(0, k_pad)[None, :]
+    lane_v = tl.arange(0, v_pad)[None, :]
+    if fresh:
+        at = (length - 1).to(tl.int64) * (k_dim // 2)
+        q = load_turned(q_head_at, in_group[:, None], q_gain, cos + at, sin + at, eps, lane_k, k_dim, has_norm)
+        if ends:
+            one = tl.arange(0, 1)[:, None]
+            new = new_head_at + one
+            k = load_turned(new, one == 0, k_gain, cos + at, sin + at, eps, lane_k, k_dim, has_norm)
+            v = tl.load(new + kv_heads * query_head + lane_v)
+            k, v = finite(k), finite(v)
+            place = (tl.load(table + stop // page).to(tl.int64) * page + stop % page) * kv_heads + head
+            tl.store(k_cache + place * k_dim + lane_k, k)
+            tl.store(v_cache + place * v_dim + lane_v, v)
+            top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+            denominator += 1.0
+            acc += tl.trans(v)
+    else:
+        q = tl.load(q_head_at + lane_k, mask=in_group[:, None] & (lane_k < k_dim), other=0.0)
+    return tl.trans(q), top, denominator, acc
+
+
+@triton.jit
 def decode_kernel(
     query,  # [rows, q_heads, k_dim]; of the raw projections of all heads if `fresh`
     k_cache,
@@ -227,13 +258,15 @@ def decode_kernel(
     precision: tl.constexpr,
     fresh: tl.constexpr,
     has_norm: tl.constexpr,
+    reads_ahead: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """One program = one KV head of every so-manieth work item. Of a row in several pieces, who arrives last joins them.
 
     `fresh`: the new token's heads come from the qkv projection, are normalized (if `has_norm`) and rotated here, and
     its key and value are stored by the program whose work item ends with it. Dimensions are powers of two then.
-    With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended.
+    With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended,
+    and with `reads_ahead` the first keys and values too: of a fresh row all but the new token's are from earlier steps.
     """
     head = tl.program_id(0) % kv_heads
     lanes = tl.num_programs(0) // kv_heads
@@ -248,45 +281,47 @@ def decode_kernel(
         q_head = head * group + lane_m
         table = block_table + slot * table_row
         block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
-        if pdl:
-            gdc_wait()
         top = tl.full([block_m], NEVER, tl.float32)
         denominator = tl.zeros([block_m], tl.float32)
         acc = tl.zeros([v_pad, block_m], tl.float32)
         q_head_at = query + row * query_row + q_head[:, None] * query_head
-        if fresh:
-            at = (length - 1).to(tl.int64) * (k_dim // 2)
-            q = load_turned(
-                q_head_at, in_group[:, None], q_gain, cos + at, sin + at, eps, lane_k[None, :], k_dim, has_norm
-            )
-            if stop == length:
-                stop -= 1
-                one = tl.arange(0, 1)[:, None]
-                new = query + row * query_row + (kv_heads * group + head) * query_head + one
-                k = load_turned(new, one == 0, k_gain, cos + at, sin + at, eps, lane_k[None, :], k_dim, has_norm)
-                v = tl.load(new + kv_heads * query_head + lane_v[None, :])
-                k, v = finite(k), finite(v)
-                place = (tl.load(table + stop // page).to(tl.int64) * page + stop % page) * kv_heads + head
-                tl.store(k_cache + place * k_dim + lane_k[None, :], k)
-                tl.store(v_cache + place * v_dim + lane_v[None, :], v)
-                top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
-                denominator += 1.0
-                acc += tl.trans(v)
-        else:
-            q = tl.load(q_head_at + lane_k[None, :], mask=in_group[:, None] & (lane_k < k_dim)[None, :], other=0.0)
+        new_head_at = query + row * query_row + (kv_heads * group + head) * query_head
+        ends = fresh and stop == length
+        stop -= tl.where(ends, 1, 0)
         if has_sinks:  # noqa: SIM102 - the outer one is decided at compile time
             # The sink counts once: here if the row is in one piece, else where its pieces meet.
             if splits == 1:
                 top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * LOG2E
                 denominator += 1.0
-        q = tl.trans(q)
-        for first in tl.range(start, stop, block_n, num_stages=stages):
+        if reads_ahead:
+            q = tl.zeros([k_pad, block_m], query.dtype.element_ty)
+            last = tl.maximum(stop, start + 1)
+        else:
+            if pdl:
+                gdc_wait()
+            q, top, denominator, acc = _open(
+                q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
+                cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
+                kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm,
+            )  # fmt: skip
+            last = stop
+        for first in tl.range(start, last, block_n, num_stages=stages):
             token = first + lane_n
             place = (block.to(tl.int64) * page + token % page) * kv_heads + head
             ahead = token + block_n
             block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
             k = load_lanes(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
             v = load_lanes(v_cache + place[None, :] * v_dim + lane_v[:, None], lane_v[:, None], v_dim, v_pad)
+            if reads_ahead:  # noqa: SIM102 - the outer one is decided at compile time
+                # Compiled, the loads of the first few turns stand before the loop, so before this wait.
+                if first == start:
+                    if pdl:
+                        gdc_wait()
+                    q, top, denominator, acc = _open(
+                        q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
+                        cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
+                        kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm,
+                    )  # fmt: skip
             scores = capped(tl.dot(k, q, input_precision=precision), cap, cap_scale, has_softcap)
             scores = tl.where((token < stop)[:, None], scores, NEVER)
             new_top = tl.maximum(top, tl.max(scores, 0) * scale)

@@ -285,6 +285,7 @@ def _decode_options(
         "precision": _precision(spec),
         "fresh": fresh,
         "has_norm": has_norm,
+        "reads_ahead": fresh and pdl,
         "pdl": pdl,
         "num_warps": num_warps,
         "launch_pdl": pdl,
