@@ -55,7 +55,8 @@ def full_step_plan(limits: FrameLimits) -> Plan:
 
 def warmup_plans(limits: FrameLimits) -> list[Plan]:
     """Prefill, mixed and decode steps with every stage of the sampler and without; 1, 3 and 16 rows, as Triton compiles
-    kernels anew for numbers that are 1 or divisible by 16. Longer chunks too: more tokens take other kernels."""
+    kernels anew for numbers that are 1 or divisible by 16. Longer chunks too, and as many decode rows as there may be:
+    more tokens and more rows take other kernels."""
     chunk, middle, long = (max(1, min(tokens, limits.max_tokens - 2, limits.max_seq_len)) for tokens in (17, 40, 150))
     shapes = [
         ([chunk], 0),
@@ -67,10 +68,12 @@ def warmup_plans(limits: FrameLimits) -> list[Plan]:
         ([1, 1, 1], 3),
         ([1] * 16, 16),
     ]
+    rows = min(limits.max_rows, limits.max_tokens - long)
+    crowds = [([1] * rows, rows), ([1] * (rows - 1) + [long], rows - 1)] if rows > 1 else []
     return [
         synthetic_plan(query_lens, num_decode, prepare | choice)
         for query_lens, num_decode in shapes
         if len(query_lens) <= limits.max_rows and sum(query_lens) <= limits.max_tokens
         for prepare in (PlanFlag.NONE, PlanFlag.BIAS | PlanFlag.PENALTY | PlanFlag.LOGPROBS)
         for choice in (PlanFlag.NONE, PlanFlag.SAMPLE, PlanFlag.SAMPLE | PlanFlag.FILTER)
-    ]
+    ] + [synthetic_plan(query_lens, num_decode, PlanFlag.NONE) for query_lens, num_decode in crowds]

@@ -187,6 +187,37 @@ def _join(
 
 
 @triton.jit
+def _load_blocks(
+    table, first, stop, lane_n, page: tl.constexpr, block_n: tl.constexpr, scalar_blocks: tl.constexpr
+):  # fmt: skip
+    """Block numbers of the tokens first .. first + block_n of a row: of each, or of both halves if `scalar_blocks`."""
+    second = 0
+    if scalar_blocks:
+        block = tl.load(table + first // page, mask=first < stop, other=0)
+        if page < block_n:
+            second = tl.load(table + first // page + 1, mask=first + page < stop, other=0)
+    else:
+        block = tl.load(table + (first + lane_n) // page, mask=first + lane_n < stop, other=0)
+    return block, second
+
+
+@triton.jit
+def _places(
+    block, second, token, lane_n, page: tl.constexpr, block_n: tl.constexpr, scalar_blocks: tl.constexpr
+):  # fmt: skip
+    """(block, which token of it) of each lane."""
+    at_page = block.to(tl.int64)
+    at_token = token % page
+    if scalar_blocks:
+        if page < block_n:
+            at_page = tl.where(lane_n < page, at_page, second.to(tl.int64))
+            at_token = lane_n % page
+        else:
+            at_page += tl.zeros_like(lane_n)
+    return at_page, at_token
+
+
+@triton.jit
 def _open(
     q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
     cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
@@ -268,7 +299,11 @@ def decode_kernel(
     With `pdl` what a step prepares once (lengths, work items, block table) is read before the kernel ahead has ended,
     and with `reads_ahead` the first keys and values too: of a fresh row all but the new token's are from earlier steps.
     """
+    # One or two block numbers for a tile are no tensor: its addresses then differ by what the compiler knows.
+    scalar_blocks: tl.constexpr = page % block_n == 0 or 2 * page == block_n
     head = tl.program_id(0) % kv_heads
+    k_head = k_cache + head * k_dim
+    v_head = v_cache + head * v_dim
     lanes = tl.num_programs(0) // kv_heads
     item = tl.program_id(0) // kv_heads
     row, slot, length, start, stop, piece, first_piece, splits = _load_item(items, item, room)
@@ -280,7 +315,8 @@ def decode_kernel(
         in_group = lane_m < group
         q_head = head * group + lane_m
         table = block_table + slot * table_row
-        block = tl.load(table + (start + lane_n) // page, mask=start + lane_n < stop, other=0)
+        begin = start // block_n * block_n  # so that a tile covers whole pages, or lies inside one
+        block, second = _load_blocks(table, begin, stop, lane_n, page, block_n, scalar_blocks)
         top = tl.full([block_m], NEVER, tl.float32)
         denominator = tl.zeros([block_m], tl.float32)
         acc = tl.zeros([v_pad, block_m], tl.float32)
@@ -295,7 +331,7 @@ def decode_kernel(
                 denominator += 1.0
         if reads_ahead:
             q = tl.zeros([k_pad, block_m], query.dtype.element_ty)
-            last = tl.maximum(stop, start + 1)
+            last = tl.maximum(stop, begin + 1)
         else:
             if pdl:
                 gdc_wait()
@@ -305,16 +341,19 @@ def decode_kernel(
                 kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm,
             )  # fmt: skip
             last = stop
-        for first in tl.range(start, last, block_n, num_stages=stages):
+        for first in tl.range(begin, last, block_n, num_stages=stages):
             token = first + lane_n
-            place = (block.to(tl.int64) * page + token % page) * kv_heads + head
-            ahead = token + block_n
-            block = tl.load(table + ahead // page, mask=ahead < stop, other=0)
-            k = load_lanes(k_cache + place[:, None] * k_dim + lane_k[None, :], lane_k[None, :], k_dim, k_pad)
-            v = load_lanes(v_cache + place[None, :] * v_dim + lane_v[:, None], lane_v[:, None], v_dim, v_pad)
+            at_page, at_token = _places(block, second, token, lane_n, page, block_n, scalar_blocks)
+            block, second = _load_blocks(table, first + block_n, stop, lane_n, page, block_n, scalar_blocks)
+            k_at = k_head + at_page * (page * kv_heads * k_dim)
+            v_at = v_head + at_page * (page * kv_heads * v_dim)
+            k_in = at_token[:, None] * (kv_heads * k_dim) + lane_k[None, :]
+            v_in = at_token[None, :] * (kv_heads * v_dim) + lane_v[:, None]
+            k = load_lanes(k_at[:, None] + k_in, lane_k[None, :], k_dim, k_pad)
+            v = load_lanes(v_at[None, :] + v_in, lane_v[:, None], v_dim, v_pad)
             if reads_ahead:  # noqa: SIM102 - the outer one is decided at compile time
                 # Compiled, the loads of the first few turns stand before the loop, so before this wait.
-                if first == start:
+                if first == begin:
                     if pdl:
                         gdc_wait()
                     q, top, denominator, acc = _open(
@@ -323,7 +362,7 @@ def decode_kernel(
                         kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm,
                     )  # fmt: skip
             scores = capped(tl.dot(k, q, input_precision=precision), cap, cap_scale, has_softcap)
-            scores = tl.where((token < stop)[:, None], scores, NEVER)
+            scores = tl.where(((token >= start) & (token < stop))[:, None], scores, NEVER)
             new_top = tl.maximum(top, tl.max(scores, 0) * scale)
             p = tl.exp2(scores * scale - new_top[None, :])
             keep = tl.exp2(top - new_top)

@@ -25,7 +25,8 @@ from executor.layer_launch import LayerLaunch
 
 _LOG2E: Final = math.log2(math.e)
 _NO_WINDOW: Final = 1 << 30
-_PROGRAMS_PER_SM: Final = 4  # decode programs that run at once on one multiprocessor
+_PROGRAMS_PER_SM: Final = (4, 6)  # decode programs that run at once on one multiprocessor, and in a crowd
+_CROWD: Final = 2  # more rows than so many to a program are one
 _FEW_ROWS: Final = 32  # rows that one warp cuts
 _SPLIT_BLOCK: Final = 64
 _TILES_BLOCK: Final = 128
@@ -59,16 +60,25 @@ class WorkList:
 
     def __init__(self, window: int | None, kv_heads: int, max_rows: int, device: torch.device) -> None:
         self.window = window or _NO_WINDOW
-        self.kv_heads = kv_heads
-        self._slots = max(1, _multiprocessors(device) * _PROGRAMS_PER_SM // kv_heads)
+        self._slots, self._crowd_slots = (
+            max(1, _multiprocessors(device) * number // kv_heads) for number in _PROGRAMS_PER_SM
+        )
         self._max_rows = max_rows
         self._rows_pad = max(_FEW_ROWS, triton.next_power_of_2(max_rows))
         # As many as `split_kernel` may make of `max_rows`.
-        self.items = torch.zeros(max_rows + 2 * self._slots, ITEM_WORDS, dtype=torch.int32, device=device)
+        self.items = torch.zeros(max_rows + 2 * self._crowd_slots, ITEM_WORDS, dtype=torch.int32, device=device)
+
+    def is_crowded(self, rows: int) -> bool:
+        """Whether so many rows wait for programs that more of these at once hide each other's starts and ends."""
+        return rows > _CROWD * self._slots
+
+    def slots(self, rows: int) -> int:
+        """Programs of one KV head that run at once."""
+        return self._crowd_slots if self.is_crowded(rows) else self._slots
 
     def programs(self, rows: int) -> int:
         """Of one KV head: as many as run at once, or one for each row. Those with short items take further ones."""
-        return max(rows, self._slots)
+        return max(rows, self.slots(rows))
 
     def fill(self, inputs: StepInputs) -> None:
         """Cut the decode rows of a step."""
@@ -80,7 +90,7 @@ class WorkList:
             inputs.counts,
             self.items,
             len(self.items),
-            self._slots,
+            self.slots(rows),
             self.window,
             rows_pad=_FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
             rank_block=_FEW_ROWS,
@@ -237,7 +247,8 @@ class TritonBackend:
             query.stride(1),
             inputs.block_table.stride(0),
         )
-        options = _decode_options(spec, self._block_size, sinks is not None, fresh is not None, has_norm, pdl)
+        kind = sinks is not None, fresh is not None, has_norm, pdl, work.is_crowded(rows)
+        options = _decode_options(spec, self._block_size, *kind)
         self._decode_kernel((work.programs(rows) * spec.kv_heads, 1, 1), arguments, options)
 
     def _prefill(
@@ -268,9 +279,9 @@ class TritonBackend:
 
 @cache
 def _decode_options(
-    spec: LayerSpec, page: int, has_sinks: bool, fresh: bool, has_norm: bool, pdl: bool
+    spec: LayerSpec, page: int, has_sinks: bool, fresh: bool, has_norm: bool, pdl: bool, crowded: bool
 ) -> dict[str, Any]:
-    block_n, num_warps, num_stages = _decode_tile(spec)
+    block_n, num_warps, num_stages = _decode_tile(spec, crowded)
     group_pad, v_pad = triton.next_power_of_2(spec.group), triton.next_power_of_2(spec.v_dim)
     return {
         **_dims(spec),
@@ -359,13 +370,13 @@ def _row_bytes(spec: LayerSpec) -> int:
     return int(triton.next_power_of_2(spec.k_dim) + triton.next_power_of_2(spec.v_dim)) * spec.dtype.itemsize
 
 
-def _decode_tile(spec: LayerSpec) -> tuple[int, int, int]:
+def _decode_tile(spec: LayerSpec, crowded: bool) -> tuple[int, int, int]:
     """(KV tokens, warps, pipeline stages): measured best for head 128 in bf16, smaller where a token is wider.
 
-    One warp has no barriers, and several programs of one warp fit a multiprocessor.
+    One warp has no barriers, and several programs of one warp fit a multiprocessor: as _PROGRAMS_PER_SM says.
     """
     if _row_bytes(spec) <= 512 and spec.group <= 16:
-        return 32, 1, 4
+        return 32, 1, 3 if crowded else 4
     return (32, 4, 3) if _row_bytes(spec) <= 1024 else (16, 4, 2)
 
 

@@ -370,6 +370,16 @@ def test_triton_batches(batch: int) -> None:
 
 @pytest.mark.gpu
 @needs_cuda
+def test_triton_rows_that_wait_for_programs() -> None:
+    spec = make_spec(heads=(16, 8), dims=(128, 128), dtype=torch.bfloat16)
+    lengths = torch.randint(1, 500, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    backend = triton_backend(spec)
+    assert backend._work[None, spec.kv_heads].is_crowded(len(lengths))  # type: ignore[attr-defined]
+    check(backend, make_case(spec, [(n, 1) for n in lengths], device=_TRITON_DEVICE))
+
+
+@pytest.mark.gpu
+@needs_cuda
 def test_triton_long_context() -> None:
     spec = make_spec(heads=(8, 2), dims=(128, 128), dtype=torch.bfloat16)
     for rows in ([(32768, 1)], [(32767, 1), (1, 1), (9000, 1)], [(4096, 1), (20000, 64)]):
