@@ -34,7 +34,7 @@ import triton
 from tqdm import tqdm
 
 from executor import layer_kernels, linear_kernels
-from executor.attention import LayerSpec, PagedLayer, decode_kernels
+from executor.attention import LayerSpec, PagedLayer, decode_kernels, work_kernels
 from executor.attention import heads as head_kernels
 from executor.attention import kernels as attention_kernels
 from executor.attention.triton import Heads, TritonBackend
@@ -62,7 +62,7 @@ _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
 _MANY_TIMED: Final = 512
 DTYPES: Final = (torch.bfloat16,)  # float16 has no room for rows before their norm, float32 needs exact products
 _GATE_BLOCK: Final = 1024
-_KERNELS: Final = (layer_kernels, linear_kernels, decode_kernels, head_kernels, attention_kernels)
+_KERNELS: Final = (layer_kernels, linear_kernels, decode_kernels, work_kernels, head_kernels, attention_kernels)
 _ALIGNMENT: Final = 16  # bytes, of every address that Triton takes for a multiple of them
 _HEADS: Final = 8  # of one program of `rotate_kernel`, where there are many tokens
 _FEW_TOKENS: Final = 64  # up to here there are not

@@ -17,9 +17,10 @@ import torch
 import triton
 
 from executor.attention import LayerSpec, PagedLayer
-from executor.attention.decode_kernels import ITEM_WORDS, decode_kernel, split_kernel
+from executor.attention.decode_kernels import decode_kernel
 from executor.attention.flash import Attend, Prompts, suits
 from executor.attention.kernels import prefill_kernel, tiles_kernel, write_kv_kernel
+from executor.attention.work_kernels import ITEM_WORDS, split_kernel
 from executor.inputs import StepInputs
 from executor.layer_launch import LayerLaunch
 
@@ -33,7 +34,7 @@ _TILES_BLOCK: Final = 128
 _MIN_CHUNK: Final = 128
 _JOIN_LANES: Final = 2048  # numbers that one warp joins at once
 _FLASH_TOKENS: Final = 1024  # of a prompt on average: FlashAttention costs more to launch, and less for each token
-_CHUNK_OVERHEAD: Final = 200  # cost of starting a work item, in KV tokens
+_CHUNK_OVERHEAD: Final = 150  # cost of starting a work item, in KV tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,8 @@ class WorkList:
 
     def __init__(self, window: int | None, kv_heads: int, max_rows: int, device: torch.device) -> None:
         self.window = window or _NO_WINDOW
-        self._slots, self._crowd_slots = (
-            max(1, _multiprocessors(device) * number // kv_heads) for number in _PROGRAMS_PER_SM
-        )
+        slots = [max(1, _multiprocessors(device) * number // kv_heads) for number in _PROGRAMS_PER_SM]
+        self._slots, self._crowd_slots = slots
         self._max_rows = max_rows
         self._rows_pad = max(_FEW_ROWS, triton.next_power_of_2(max_rows))
         # As many as `split_kernel` may make of `max_rows`.
