@@ -7,17 +7,17 @@ the ring slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 
 from executor.sampler import GrammarMask, Sampler
 from executor.slot_state import SlotState
-from ipc.frames import PLAN_COLUMNS, Bytes, Param, PlanFlag, PlanWord
+from ipc.frames import PLAN_COLUMNS, Bytes, Param, PlanFlag, PlanWord, plan_words
 
-_HEADER_WORDS: Final = int(PlanWord.OFFSETS) + len(PLAN_COLUMNS)
+_LOGPROBS: Final = int(PlanFlag.LOGPROBS)
 OFFSET_WORD: Final = {name: int(PlanWord.OFFSETS) + i for i, name in enumerate(PLAN_COLUMNS)}
 
 
@@ -57,15 +57,20 @@ class StepInputs:
 class PlanHeader:
     """The counts and offsets of a packed plan, as Python numbers."""
 
-    words: list[int]  # PlanWord
+    words: Sequence[int]  # by PlanWord
 
     @classmethod
     def read(cls, payload: Bytes) -> PlanHeader:
-        return cls(payload[: 8 * _HEADER_WORDS].view(np.int64).tolist())
+        return cls(plan_words(payload))
 
     @property
-    def flags(self) -> PlanFlag:
-        return PlanFlag(self.words[PlanWord.FLAGS])
+    def flags(self) -> int:
+        """PlanFlag bits: on the launch thread a flag enum costs more than all else that is read here."""
+        return self.words[PlanWord.FLAGS]
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self.words[PlanWord.FLAGS] & _LOGPROBS != 0
 
     @property
     def num_rows(self) -> int:

@@ -181,20 +181,20 @@ class Lanes:
     ) -> None:
         """`timed`: StepTimes also say when each stream worked, which costs two more events a step."""
         self._streams, self._on_done, self._on_error = streams, on_done, on_error
-        self._lanes = [
-            _Lane(
+        # Lanes come back in the order in which they were taken; None: no more launches.
+        self._free: queue.SimpleQueue[_Lane | None] = queue.SimpleQueue()
+        for _ in range(depth):
+            lane = _Lane(
                 input=torch.empty(in_bytes, dtype=torch.uint8, device=device),
                 output=torch.empty(out_bytes, dtype=torch.uint8, device=device),
                 loading=streams.event(timing=True) if timed else None,
                 loaded=streams.event(timing=timed),
                 stored=streams.event(timing=timed),
             )
-            for _ in range(depth)
-        ]
+            self._free.put(lane)
         self._spans = [_Span(streams.event(timing=True), streams.event(timing=True)) for _ in range(depth + 1)]
         self._clock = DeviceClock(streams.event(timing=True), streams.compute) if timed else None
         self._count = 0  # steps launched
-        self._free = threading.Semaphore(depth)
         self._launched: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._retire, name="retire", daemon=True)
@@ -207,25 +207,27 @@ class Lanes:
         step: Step,
         tag: Any = None,
         *,
+        in_bytes: int,
+        out_bytes: int,
         since_ns: int,
         waited: bool = False,
     ) -> None:
         """Queue one step: copy in, `step(device input, device output)` on the compute stream, copy out.
 
-        `host_in` and `host_out` are uint8 views of exactly the bytes this step uses; both stay valid until `on_done`.
-        `since_ns` is when the caller got the work (time.monotonic_ns); `waited`: it had to sleep for it. Waits only
-        while all lanes are taken. What `step` raises reaches the caller, and that lane is not used again.
+        Of `host_in` and `host_out`, both uint8, this step uses the first `in_bytes` and `out_bytes`; both stay valid
+        until `on_done`. `since_ns` is when the caller got the work (time.monotonic_ns); `waited`: it had to sleep for
+        it. Waits only while all lanes are taken. What `step` raises reaches the caller, and the lane is not used again.
         """
-        self._free.acquire()
-        if self._error is not None:
+        lane = self._free.get()
+        if lane is None or self._error is not None:
+            self._free.put(None)
             raise RuntimeError("an earlier step failed") from self._error
         streams = self._streams
-        lane = self._lanes[self._count % len(self._lanes)]
         span = self._spans[self._count % len(self._spans)]
         previous = self._spans[(self._count - 1) % len(self._spans)] if self._count else None
         if lane.loading is not None:
             lane.loading.record(streams.h2d)
-        streams.copy(lane.input, host_in, len(host_in), streams.h2d)
+        streams.copy(lane.input, host_in, in_bytes, streams.h2d)
         lane.loaded.record(streams.h2d)
         streams.use(streams.compute)
         streams.compute.wait_event(lane.loaded)
@@ -239,7 +241,7 @@ class Lanes:
         else:
             hidden = not previous.end.query()
         streams.d2h.wait_event(span.end)
-        streams.copy(host_out, lane.output, len(host_out), streams.d2h)
+        streams.copy(host_out, lane.output, out_bytes, streams.d2h)
         lane.stored.record(streams.d2h)
         self._count += 1
         self._launched.put(_Launched(lane, span, previous, time.monotonic_ns() - since_ns, hidden, tag))
@@ -254,11 +256,11 @@ class Lanes:
             while (launched := self._launched.get()) is not None:
                 launched.lane.stored.synchronize()
                 times = self._measure(launched)
-                self._free.release()  # before on_done: it may bring the next step at once
+                self._free.put(launched.lane)  # before on_done: it may bring the next step at once
                 self._on_done(launched.tag, times)
         except BaseException as error:
             self._error = error
-            self._free.release()
+            self._free.put(None)
             if self._on_error is None:
                 raise
             self._on_error(error)

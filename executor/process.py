@@ -33,7 +33,7 @@ from ipc.clock import now_ns, now_s
 from ipc.config import EngineConfig, ExecutorChannels
 from ipc.errors import ConfigError
 from ipc.fault import read_fault
-from ipc.frames import Bytes, PlanFlag, PlanWord, read_plan
+from ipc.frames import Bytes, PlanWord, read_plan
 from ipc.results import RESULT_HEADER_BYTES, write_result_header
 from ipc.trace import Act, Track, open_trace
 
@@ -72,6 +72,9 @@ class Executor:
         self._profile = read_profile(self._device) if channels.rank == 0 else None
         self._watch = CompileWatch()
         self._streams = open_streams(self._device)
+        # The host's end of a step's two copies, by ring slot: made once, as making a tensor costs more than the copy.
+        self._host = {id(slot): torch.from_numpy(slot) for slot in wire.plans.payloads}
+        self._host |= {id(slot): torch.from_numpy(slot[RESULT_HEADER_BYTES:]) for slot in wire.result_slots}
         # Memory freed on one stream is not reused on another, so the start happens where the steps will.
         self._streams.use(self._streams.compute)
         self._runner = self._load(config, phases)
@@ -159,10 +162,12 @@ class Executor:
         # What a rank that does not publish computes stays on its device: its memory here is not pinned.
         output_bytes = self._runner.output_bytes(header) if self._wire.publishes else 0
         self._lanes.launch(
-            torch.from_numpy(payload[: header.words[PlanWord.TOTAL_BYTES]]),
-            torch.from_numpy(result[RESULT_HEADER_BYTES : RESULT_HEADER_BYTES + output_bytes]),
+            self._host[id(payload)],
+            self._host[id(result)],
             partial(self._runner.run, header, poison),
             (header, result_seq, result),
+            in_bytes=header.words[PlanWord.TOTAL_BYTES],
+            out_bytes=output_bytes,
             since_ns=since_ns,
             waited=self._wire.waited,
         )
@@ -180,7 +185,7 @@ class Executor:
             seq=plan_seq,
             epoch=header.words[PlanWord.EPOCH],
             num_rows=header.num_rows + header.num_scores,
-            has_logprobs=bool(header.flags & PlanFlag.LOGPROBS),
+            has_logprobs=header.has_logprobs,
             device_ns=times.device_ns,
             gap_ns=times.gap_ns,
             launch_ns=times.launch_ns,

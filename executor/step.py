@@ -32,6 +32,7 @@ from ipc.results import RESULT_HEADER_BYTES, ResultLayout
 if TYPE_CHECKING:
     from executor.unpack_kernel import Unpack
 
+_STAGES: Final = int(ALL_STAGES)
 _TIMED_CONTEXT: Final = 1024  # tokens of the rows on which ways to run a step are timed
 
 
@@ -64,7 +65,7 @@ class StepRunner:
 
     def output_bytes(self, header: PlanHeader) -> int:
         """Bytes of this step's output that the host wants."""
-        if header.flags & PlanFlag.LOGPROBS:
+        if header.has_logprobs:
             return self._layout.nbytes - RESULT_HEADER_BYTES
         assert not header.num_scores, "scores are log-probabilities"
         return 4 * header.num_rows
@@ -76,10 +77,10 @@ class StepRunner:
         """
         plan = StagedPlan(header, staged)
         rows = header.num_rows
-        flags = header.flags & ALL_STAGES
+        stages = header.flags & _STAGES
         apply_tables(plan, self._sampler)
         # At 0 a graph chooses nothing and leaves us its logits.
-        token_address = 0 if flags or poison else output.data_ptr() + self._layout.token - RESULT_HEADER_BYTES
+        token_address = 0 if stages or poison else output.data_ptr() + self._layout.token - RESULT_HEADER_BYTES
         graph = self._graphs.replay(plan, token_address) if self._graphs is not None else None
         if graph is None:
             inputs = self._build_inputs(plan)
@@ -92,6 +93,7 @@ class StepRunner:
             logits[0].fill_(float("nan"))
         row_sample = plan.column("row_sample", rows)
         row_slot, kv_len = inputs.row_slot[:rows], inputs.kv_len[:rows]
+        flags = PlanFlag(stages)
         sampled = self._sampler.sample(logits[:rows], row_slot, kv_len, row_sample, flags, grammar_mask(plan))
         self._write(output, sampled, 0)
         if header.num_scores:

@@ -16,7 +16,7 @@ import zmq
 from ipc.config import ExecutorChannels
 from ipc.control import ExecutorHello
 from ipc.doorbell import Doorbell
-from ipc.frames import Bytes, PlanWord
+from ipc.frames import Bytes, PlanWord, plan_words
 from ipc.results import RESULT_HEADER_BYTES
 from ipc.ring import RingReader, RingWriter
 from ipc.schema import PROTOCOL_VERSION, encode
@@ -47,6 +47,11 @@ class Wire:
         # A signal that comes just before poll() sleeps would be noticed at the next wake-up only, but for this pipe.
         signal.set_wakeup_fd(self._stop_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    @property
+    def result_slots(self) -> list[Bytes]:
+        """All that `begin_result` may give."""
+        return [*self.results.payloads, self._scratch]
 
     @property
     def is_stopping(self) -> bool:
@@ -82,11 +87,11 @@ class Wire:
                 continue
             for bell in self._next_bells:
                 bell.ring()
-            words = payload[: 8 * PlanWord.OFFSETS].view("i8")
+            words = plan_words(payload)
             self.plans.advance()
             if words[PlanWord.EPOCH] >= self._channels.epoch:
                 return payload
-            self.plans.ack(int(words[PlanWord.SEQ]))
+            self.plans.ack(words[PlanWord.SEQ])
         return None
 
     def begin_result(self) -> tuple[int, Bytes]:

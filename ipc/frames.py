@@ -18,6 +18,7 @@ A prefill row brings its tokens. A row whose `sample` is 0 ends inside the promp
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any, Final
@@ -119,6 +120,7 @@ _COLUMNS: Final[tuple[tuple[str, type, int, PlanWord], ...]] = (
 )
 PLAN_COLUMNS: Final = tuple(name for name, *_ in _COLUMNS)
 _HEADER_BYTES: Final = (int(PlanWord.OFFSETS) + len(_COLUMNS) + 7) // 8 * 64
+_HEADER: Final = struct.Struct(f"={_HEADER_BYTES // 8}q")
 
 
 def aligned(n: int) -> int:
@@ -233,7 +235,7 @@ class Plan:
 
 def write_plan(payload: Bytes, plan: Plan) -> int:
     """Pack `plan` into a ring slot; returns TOTAL_BYTES. Raises ProtocolError if it does not fit."""
-    words = [0] * (_HEADER_BYTES // 8)  # a list: storing numbers into an array one by one takes twice as long
+    words = [0] * (_HEADER_BYTES // 8)
     words[PlanWord.SEQ], words[PlanWord.EPOCH], words[PlanWord.FLAGS] = plan.seq, plan.epoch, int(plan.flags)
     words[PlanWord.NUM_DECODE] = plan.num_decode
     offset = _HEADER_BYTES
@@ -247,8 +249,13 @@ def write_plan(payload: Bytes, plan: Plan) -> int:
             payload[offset : offset + nbytes].view(dtype)[:] = column.reshape(-1)
             offset += aligned(nbytes)
     words[PlanWord.TOTAL_BYTES] = offset
-    payload[:_HEADER_BYTES].view(np.int64)[:] = words
+    _HEADER.pack_into(payload.data, 0, *words)
     return offset
+
+
+def plan_words(payload: Bytes) -> tuple[int, ...]:
+    """Header of a packed plan, by PlanWord: in one call, since an executor reads it with cold caches in every step."""
+    return _HEADER.unpack_from(payload.data)
 
 
 def read_plan(payload: Bytes) -> Plan:
@@ -256,30 +263,30 @@ def read_plan(payload: Bytes) -> Plan:
 
     Raises ProtocolError for columns that do not lie within the slot.
     """
-    words = payload[:_HEADER_BYTES].view(np.int64)
+    words = plan_words(payload)
     columns: dict[str, Any] = {}
     for i, (name, dtype, width, count_word) in enumerate(_COLUMNS):
-        count, offset = int(words[count_word]), int(words[PlanWord.OFFSETS + i])
+        count, offset = words[count_word], words[PlanWord.OFFSETS + i]
         column: npt.NDArray[Any] = payload[offset : offset + 4 * width * count]
         if column.nbytes != 4 * width * count:
             raise ProtocolError(f"{count} rows of {name} at byte {offset}, the slot has {len(payload)} bytes")
         columns[name] = column.view(dtype).reshape(count, width) if width > 1 else column.view(dtype)
     return Plan(
-        seq=int(words[PlanWord.SEQ]),
-        epoch=int(words[PlanWord.EPOCH]),
-        flags=PlanFlag(int(words[PlanWord.FLAGS])),
-        num_decode=int(words[PlanWord.NUM_DECODE]),
+        seq=words[PlanWord.SEQ],
+        epoch=words[PlanWord.EPOCH],
+        flags=PlanFlag(words[PlanWord.FLAGS]),
+        num_decode=words[PlanWord.NUM_DECODE],
         **columns,
     )
 
 
 def plan_bytes_used(payload: Bytes) -> int:
     """Bytes of the packed plan in a slot: what one copy must bring to the device."""
-    return int(payload[:_HEADER_BYTES].view(np.int64)[PlanWord.TOTAL_BYTES])
+    return plan_words(payload)[PlanWord.TOTAL_BYTES]
 
 
 def plan_offset(payload: Bytes, column: str) -> tuple[int, int]:
     """(byte offset, element count of the leading dimension) of one column of a packed plan."""
-    words = payload[:_HEADER_BYTES].view(np.int64)
+    words = plan_words(payload)
     i = PLAN_COLUMNS.index(column)
-    return int(words[PlanWord.OFFSETS + i]), int(words[_COLUMNS[i][3]])
+    return words[PlanWord.OFFSETS + i], words[_COLUMNS[i][3]]

@@ -5,6 +5,7 @@ A header of int64 words, written by the executor's host side, and columns at fix
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -31,6 +32,7 @@ class ResultWord(IntEnum):
 
 
 RESULT_HEADER_BYTES: Final = 128
+_HEADER: Final = struct.Struct(f"={len(ResultWord)}q")
 MAX_COUNTED: Final = 1 << 56  # of a result's times, 2 years in ns: they are summed in 64 bits
 
 
@@ -102,8 +104,9 @@ def write_result_header(
     hidden: bool = False,
     compilations: int = 0,
 ) -> None:
-    words = payload[:RESULT_HEADER_BYTES].view(np.int64)
-    words[:9] = seq, epoch, num_rows, has_logprobs, device_ns, gap_ns, launch_ns, hidden, compilations
+    _HEADER.pack_into(
+        payload.data, 0, seq, epoch, num_rows, has_logprobs, device_ns, gap_ns, launch_ns, hidden, compilations
+    )
 
 
 def read_result(payload: Bytes, layout: ResultLayout) -> Result:
@@ -111,13 +114,13 @@ def read_result(payload: Bytes, layout: ResultLayout) -> Result:
 
     Raises ProtocolError for a header that no step has.
     """
-    words = payload[:RESULT_HEADER_BYTES].view(np.int64)
-    rows, has_logprobs = int(words[ResultWord.NUM_ROWS]), bool(words[ResultWord.HAS_LOGPROBS])
+    words = _HEADER.unpack_from(payload.data)
+    rows, has_logprobs = words[ResultWord.NUM_ROWS], bool(words[ResultWord.HAS_LOGPROBS])
     if not 0 <= rows <= layout.max_results:
         raise ProtocolError(f"result of {rows} rows and scores, the ring was made for {layout.max_results}")
     for name in (ResultWord.DEVICE_NS, ResultWord.GAP_NS, ResultWord.LAUNCH_NS, ResultWord.COMPILATIONS):
-        if abs(int(words[name])) > MAX_COUNTED:
-            raise ProtocolError(f"result with {name.name} {int(words[name])}, at most {MAX_COUNTED}")
+        if abs(words[name]) > MAX_COUNTED:
+            raise ProtocolError(f"result with {name.name} {words[name]}, at most {MAX_COUNTED}")
 
     def column(offset: int, dtype: type, width: int = 1) -> Any:
         values: npt.NDArray[Any] = payload[offset : offset + 4 * rows * width].view(dtype)
@@ -125,16 +128,16 @@ def read_result(payload: Bytes, layout: ResultLayout) -> Result:
 
     top = layout.max_logprobs if has_logprobs else 0
     return Result(
-        seq=int(words[ResultWord.SEQ]),
-        epoch=int(words[ResultWord.EPOCH]),
-        device_ns=int(words[ResultWord.DEVICE_NS]),
-        gap_ns=int(words[ResultWord.GAP_NS]),
-        launch_ns=int(words[ResultWord.LAUNCH_NS]),
+        seq=words[ResultWord.SEQ],
+        epoch=words[ResultWord.EPOCH],
+        device_ns=words[ResultWord.DEVICE_NS],
+        gap_ns=words[ResultWord.GAP_NS],
+        launch_ns=words[ResultWord.LAUNCH_NS],
         hidden=bool(words[ResultWord.HIDDEN]),
         token=column(layout.token, np.int32),
         logprob=column(layout.logprob, np.float32) if has_logprobs else None,
         rank=column(layout.rank, np.int32) if has_logprobs else None,
         top_token=column(layout.top_token, np.int32, top).reshape(rows, top) if has_logprobs else None,
         top_logprob=column(layout.top_logprob, np.float32, top).reshape(rows, top) if has_logprobs else None,
-        compilations=int(words[ResultWord.COMPILATIONS]),
+        compilations=words[ResultWord.COMPILATIONS],
     )

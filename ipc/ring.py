@@ -80,7 +80,7 @@ class Ring:
         body = self.memory[_SLOT_ALIGN:]
         # The stamp sits at the end of the page before the payload, so the payload itself stays page-aligned.
         self._stamps = [body[i * stride + _SLOT_ALIGN - _LINE :][:8].view(np.int64) for i in range(self.slots)]
-        self._payloads = [body[i * stride + _SLOT_ALIGN :][: self.slot_bytes] for i in range(self.slots)]
+        self.payloads = [body[i * stride + _SLOT_ALIGN :][: self.slot_bytes] for i in range(self.slots)]
 
     @property
     def head(self) -> int:
@@ -113,7 +113,7 @@ class RingWriter(Ring):
                 f"slot {seq} is {seq - self._slowest} ahead of the slowest reader; the ring has {self.slots}"
             )
         self._stamps[seq % self.slots][0] = -seq
-        return self._payloads[seq % self.slots]
+        return self.payloads[seq % self.slots]
 
     def publish(self, seq: int) -> None:
         self._stamps[seq % self.slots][0] = seq
@@ -140,7 +140,7 @@ class RingReader(Ring):
         if self.head < self.next:
             return None
         self.check(self.next)
-        return self._payloads[self.next % self.slots]
+        return self.payloads[self.next % self.slots]
 
     def check(self, seq: int) -> None:
         """Raise TornFrameError unless slot `seq % slots` holds exactly frame `seq`."""

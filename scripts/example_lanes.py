@@ -128,7 +128,7 @@ def run(
             pixels = host_in.numpy().view(np.float32).reshape(batch, 3, SIDE, SIDE)
             prepare(sources[i % len(sources)], pixels)
             outcome.prepare_s += (time.monotonic_ns() - since_ns) * 1e-9
-            lanes.launch(host_in, host_out, step, buffer, since_ns=since_ns)
+            lanes.launch(host_in, host_out, step, buffer, in_bytes=in_bytes, out_bytes=out_bytes, since_ns=since_ns)
     lanes.close()
     outcome.wall_s = time.perf_counter() - start
     return outcome

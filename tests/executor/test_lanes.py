@@ -35,7 +35,9 @@ def make_lanes(on_done: Callable[[Any, StepTimes], None], depth: int = 2, **opti
 def launch(
     lanes: Lanes, host_in: torch.Tensor, host_out: torch.Tensor, step: Any, tag: Any = None, **more: Any
 ) -> None:
-    lanes.launch(host_in, host_out, step, tag, since_ns=time.monotonic_ns(), **more)
+    """All bytes of both, unless `more` says otherwise."""
+    nbytes = {"in_bytes": len(host_in), "out_bytes": len(host_out)}
+    lanes.launch(host_in, host_out, step, tag, since_ns=time.monotonic_ns(), **nbytes | more)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -62,8 +64,17 @@ def test_only_the_used_bytes_are_copied() -> None:
     done = Done()
     lanes = make_lanes(done)
     host_out = torch.full((32,), 7, dtype=torch.uint8)
-    launch(lanes, torch.zeros(4, dtype=torch.uint8), host_out[8:12], lambda _, output: output.fill_(9))
+    host_in, seen = torch.arange(8, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8)
+
+    def step(staged: torch.Tensor, output: torch.Tensor) -> None:
+        seen.copy_(staged)
+        output.fill_(9)
+
+    launch(lanes, torch.full((8,), 5, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), step)
+    launch(lanes, torch.full((8,), 6, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), step)
+    launch(lanes, host_in, host_out[8:], step, in_bytes=4, out_bytes=4)
     lanes.close()
+    assert seen[:8].tolist() == [0, 1, 2, 3, 5, 5, 5, 5]
     assert host_out.tolist() == [7] * 8 + [9] * 4 + [7] * 20
 
 
@@ -159,8 +170,9 @@ def test_an_error_while_retiring_is_reported_once_and_ends_launching() -> None:
     host = torch.zeros(8, dtype=torch.uint8)
     launch(lanes, host, host, lambda *_: None, 5)
     assert failed.wait(WAIT_S)
-    with pytest.raises(RuntimeError, match="earlier step failed"):
-        launch(lanes, host, host, lambda *_: None, 6)
+    for tag in (6, 7):
+        with pytest.raises(RuntimeError, match="earlier step failed"):
+            launch(lanes, host, host, lambda *_: None, tag)
     assert [str(error) for error in reported] == ["step 5"]
 
 
