@@ -70,7 +70,7 @@ class PlanHeader:
 
     @property
     def has_logprobs(self) -> bool:
-        return self.words[PlanWord.FLAGS] & _LOGPROBS != 0
+        return self.flags & _LOGPROBS != 0
 
     @property
     def num_rows(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Final
 
@@ -186,7 +186,7 @@ class SkinnyLinears:
         """x @ weight.T [rows, n], of normed rows if they are `Scaled`; silu(gate) * up if gated."""
         value = x.value if isinstance(x, Scaled) else x
         out = value.new_empty(len(value), linear.n)
-        self._launch(linear, x, self._tile(linear, len(value)), out=out, early=linear.early)
+        self._launch(linear, x, self._tile(linear, len(value)), out=out)
         return out
 
     def send(self, linear: Linear, x: torch.Tensor, sink: Sink) -> None:
@@ -221,9 +221,8 @@ class SkinnyLinears:
         gain: torch.Tensor | None = None,
         scaled: Scaled | None = None,
         sink: Sink | None = None,
-        early: bool = False,
     ) -> None:
-        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink, early)
+        arguments, options = self._arguments(linear, x, tile, out, residual, gain, scaled, sink)
         rows = len(arguments[0])
         self._kernel((_num_tiles(linear.n, tile, rows) * tile.splits, 1, 1), arguments, options)
 
@@ -237,7 +236,6 @@ class SkinnyLinears:
         gain: torch.Tensor | None = None,
         scaled: Scaled | None = None,
         sink: Sink | None = None,
-        early: bool = False,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value, square, eps = (x.value, x.square, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
         parts = 0 if square is None else len(square)
@@ -260,7 +258,7 @@ class SkinnyLinears:
         )
         kind = linear.n, linear.k, linear.gated, linear.bias is not None
         ranks = 0 if sink is None else len(sink.addresses)
-        return arguments, _options(*kind, tile, parts, residual is not None, ranks, early, self.pdl)
+        return arguments, _options(*kind, tile, parts, residual is not None, ranks, linear.early, self.pdl)
 
     def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[Shape]], Iterator[Shape]]) -> None:
         """Measure the candidates of every shape and keep the fastest; a GPU that was measured before is read from disk.
@@ -273,7 +271,10 @@ class SkinnyLinears:
         measured = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shape in progress(missing):
-                alike = [m for m in linears if (m.n, m.k, m.gated) == (shape.n, shape.k, shape.gated)]
+                # Alone, a product is followed by itself, which reads nothing ahead.
+                alike = [
+                    replace(m, early=False) for m in linears if (m.n, m.k, m.gated) == (shape.n, shape.k, shape.gated)
+                ]
                 self._tiles[shape] = tile = self._fastest(shape, alike, pool)
                 measured[shape.key] = asdict(tile)
         if missing:

@@ -89,8 +89,8 @@ def _places(
 
 @triton.jit
 def _open(
-    q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
-    cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
+    top, denominator, acc, q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
+    cos, sin, q_gain, k_gain, eps, scale, query_head,
     kv_heads: tl.constexpr, k_dim: tl.constexpr, v_dim: tl.constexpr, k_pad: tl.constexpr, v_pad: tl.constexpr,
     page: tl.constexpr, fresh: tl.constexpr, has_norm: tl.constexpr,
 ):  # fmt: skip
@@ -199,6 +199,10 @@ def decode_kernel(
             if splits == 1:
                 top = tl.load(sinks + q_head, mask=in_group, other=0.0).to(tl.float32) * LOG2E
                 denominator += 1.0
+        opening = (
+            q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
+            cos, sin, q_gain, k_gain, eps, scale, query_head,
+        )  # fmt: skip
         if reads_ahead:
             q = tl.zeros([k_pad, block_m], query.dtype.element_ty)
             last = tl.maximum(stop, begin + 1)
@@ -206,10 +210,8 @@ def decode_kernel(
             if pdl:
                 gdc_wait()
             q, top, denominator, acc = _open(
-                q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
-                cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
-                kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm,
-            )  # fmt: skip
+                top, denominator, acc, *opening, kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm
+            )
             last = stop
         for first in tl.range(begin, last, block_n, num_stages=stages):
             token = first + lane_n
@@ -227,10 +229,8 @@ def decode_kernel(
                     if pdl:
                         gdc_wait()
                     q, top, denominator, acc = _open(
-                        q_head_at, in_group, new_head_at, length, stop, ends, table, k_cache, v_cache, head,
-                        cos, sin, q_gain, k_gain, eps, scale, top, denominator, acc, query_head,
-                        kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm,
-                    )  # fmt: skip
+                        top, denominator, acc, *opening, kv_heads, k_dim, v_dim, k_pad, v_pad, page, fresh, has_norm
+                    )
             scores = capped(tl.dot(k, q, input_precision=precision), cap, cap_scale, has_softcap)
             scores = tl.where(((token >= start) & (token < stop))[:, None], scores, NEVER)
             new_top = tl.maximum(top, tl.max(scores, 0) * scale)

@@ -61,8 +61,7 @@ class WorkList:
 
     def __init__(self, window: int | None, kv_heads: int, max_rows: int, device: torch.device) -> None:
         self.window = window or _NO_WINDOW
-        slots = [max(1, _multiprocessors(device) * number // kv_heads) for number in _PROGRAMS_PER_SM]
-        self._slots, self._crowd_slots = slots
+        self._slots, self._crowd_slots = (max(1, _multiprocessors(device) * n // kv_heads) for n in _PROGRAMS_PER_SM)
         self._max_rows = max_rows
         self._rows_pad = max(_FEW_ROWS, triton.next_power_of_2(max_rows))
         # As many as `split_kernel` may make of `max_rows`.

@@ -67,8 +67,7 @@ def _chunk_tokens(span, rows, slots, block_n: tl.constexpr, min_chunk: tl.conste
     parts = ((2 + (step & 1)) << (step >> 1)) >> 1  # 1, 1, 2, 3, 4, 6, 8, 12, ... 128, 192
     low = tl.maximum(total // slots, min_chunk)
     between = low + tl.maximum(longest - low, 0) * step // 15
-    is_part = (i & 1) == 0
-    candidate = tl.where(is_part, tl.cdiv(longest, parts), between)
+    candidate = tl.where((i & 1) == 0, tl.cdiv(longest, parts), between)
     candidate = tl.maximum(tl.cdiv(candidate, block_n) * block_n, min_chunk)  # [32]
     wholes = span[None, :] // candidate[:, None]  # [32, rows]
     whole = tl.sum(wholes, 1)
@@ -76,7 +75,7 @@ def _chunk_tokens(span, rows, slots, block_n: tl.constexpr, min_chunk: tl.conste
     even = (total + overhead * items) // slots
     path = tl.maximum(tl.cdiv(whole, slots) * (candidate + overhead), tl.minimum(candidate, longest) + overhead)
     # Rather pieces of one length than others that cost the same.
-    cost = tl.maximum(even, path * 4 // 5) + tl.where(is_part, 0, 1)
+    cost = tl.maximum(even, path * 4 // 5) + (i & 1)
     # Whole rows always fit.
     cost = tl.where((items <= rows + 2 * slots) | (i == 0), cost, 2147483647)
     return tl.max(tl.where(cost == tl.min(cost, 0), candidate, 0), 0)
