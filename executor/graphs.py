@@ -1,11 +1,13 @@
 """CUDA graphs of whole steps, captured before the engine is ready, replayed with padding.
 
 Two ladders: steps of decode rows only, by rows, and steps with prompt tokens, by tokens. Each size has one graph: the
-model, and the greedy tail (argmax, carry-over), which writes the tokens to an address that it finds on the device. In
-steps whose rows need more than greedy that is 0, the tail does nothing, and the caller samples eagerly from the graph's
-logits. Steps that fit no size run eagerly: they keep the device busy for longer than their launches take, so that
-padding would only cost; or somebody asked for the log-probabilities of a prompt. Called by the step runner only;
-nothing is captured while serving.
+plan, the model, and the greedy tail (argmax, carry-over). Where the plan lies and where the tokens go, it finds in two
+numbers on the device. If rows need more than greedy the second is 0, the tail does nothing, and the caller samples
+eagerly from the graph's logits.
+
+Steps that fit no size run eagerly: they keep the device busy for longer than their launches take, so that padding would
+only cost; or somebody asked for the log-probabilities of a prompt. Of the long ones those that fill the token budget
+need no padding, and have a graph too. Called by the step runner only; nothing is captured while serving.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class StepGraph:
 
 
 class StepGraphs:
-    """Both ladders. `forward(inputs)` gives logits [rows, vocab]; `sample_greedy(logits, row_slot, address)` is as
+    """Both ladders, and with `full_steps` a graph for steps of all tokens.
+
+    `forward(inputs)` gives logits [rows, vocab]; `sample_greedy(logits, row_slot, address)` is as
     `Sampler.sample_greedy`; both must be capturable."""
 
     def __init__(
@@ -65,6 +69,7 @@ class StepGraphs:
         limits: FrameLimits,
         *,
         parameters: int,
+        full_steps: bool,
         compute: torch.cuda.Stream,
         forward: Callable[[StepInputs], torch.Tensor],
         sample_greedy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
@@ -74,7 +79,8 @@ class StepGraphs:
         self._compute = compute
         self._rows, self._tokens = ladder(limits.max_rows), token_ladder(limits.max_tokens, parameters)
         rooms = [unpack.room(rows=size, decode=size, prefill=0, tokens=size) for size in self._rows]
-        rooms += [_mixed_room(unpack, size, limits.max_rows) for size in self._tokens]
+        longest = {limits.max_tokens} if full_steps else set()
+        rooms += [_mixed_room(unpack, size, limits.max_rows) for size in {*self._tokens, *longest}]
         # Largest first: the smaller ones then fit into memory that the pool already has.
         rooms.sort(key=lambda room: room.num_tokens, reverse=True)
         self._graphs: dict[tuple[bool, int], StepGraph] = {}  # by whether they are of decode rows only, and size
@@ -91,20 +97,23 @@ class StepGraphs:
         if size is None:
             return None
         graph = self._graphs[size]
-        self._unpack(plan, graph.inputs, token_address)
+        self._unpack.point(plan, token_address)
         graph.cuda_graph.replay()
         return graph
 
     def _size(self, header: PlanHeader) -> tuple[bool, int] | None:
         if not header.num_prefill:
             return True, self._rows[bisect_left(self._rows, header.num_rows)]
-        if header.num_prefill > _PREFILL_ROWS or header.num_scores or header.num_tokens > self._tokens[-1]:
-            return None
-        return False, self._tokens[bisect_left(self._tokens, header.num_tokens)]
+        tokens = header.num_tokens
+        if tokens <= self._tokens[-1]:
+            tokens = self._tokens[bisect_left(self._tokens, tokens)]
+        size = False, tokens
+        fits = header.num_prefill <= _PREFILL_ROWS and not header.num_scores and size in self._graphs
+        return size if fits else None
 
     def _capture(self, inputs: StepInputs) -> StepGraph:
         with torch.cuda.stream(self._compute):
-            self._unpack.clear(inputs)
+            self._unpack.point_at_nothing()
             self._run(inputs)  # compiles and warms up whatever this size needs
         self._compute.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -113,6 +122,7 @@ class StepGraphs:
         return StepGraph(graph, inputs, _borrow(logits))
 
     def _run(self, inputs: StepInputs) -> torch.Tensor:
+        self._unpack.fill(inputs)
         logits = self._forward(inputs)
         self._sample_greedy(logits, inputs.row_slot, self._unpack.token_address)
         return logits

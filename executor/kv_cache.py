@@ -41,8 +41,9 @@ def choose_num_blocks(config: EngineConfig, model: _Pages, run_full_step: Callab
     """How many blocks, the null block included, the KV cache gets; allocating them is left to the caller.
 
     `config.num_blocks` or `config.kv_cache_bytes` decide if given. Else, on CUDA, what `gpu_memory_utilization` of the
-    device leaves after the peak of `run_full_step`, one step of the most tokens whose rows all lie in the null block;
-    on the CPU 1 GiB or an eighth of the available memory. Never more than all sequences at full length can fill.
+    device leaves after the peak of `run_full_step`, one step of the most tokens whose rows all lie in the null block,
+    and after what CUDA graphs may take for another; on the CPU 1 GiB or an eighth of the available memory. Never more
+    than all sequences at full length can fill.
     Raises ConfigError with both numbers if not even one block besides the null block fits.
     """
     limits = config.limits
@@ -74,6 +75,7 @@ def _cuda_budget_bytes(config: EngineConfig, model: _Pages, run_full_step: Calla
     """Bytes for KV: the share of the device that may be used, less what a full step and everything else take."""
     model.allocate_kv(1)
     torch.cuda.empty_cache()
+    resting_bytes = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     run_full_step()
     torch.cuda.synchronize(model.device)
@@ -82,7 +84,9 @@ def _cuda_budget_bytes(config: EngineConfig, model: _Pages, run_full_step: Calla
     # The driver, other processes and memory outside torch's allocator count against the share too.
     outside_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(model.device)
     torch.cuda.empty_cache()
-    return int(total_bytes * config.gpu_memory_utilization) - peak_bytes - outside_bytes
+    # Graphs share a pool of memory, which steps outside them do not use: a full step may lie in either.
+    graph_bytes = 0 if config.enforce_eager else peak_bytes - resting_bytes
+    return int(total_bytes * config.gpu_memory_utilization) - peak_bytes - graph_bytes - outside_bytes
 
 
 def _available_bytes() -> int:

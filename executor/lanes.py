@@ -179,7 +179,9 @@ class Lanes:
         on_error: Callable[[BaseException], None] | None = None,
         timed: bool = False,
     ) -> None:
-        """`timed`: StepTimes also say when each stream worked, which costs two more events a step."""
+        """On the thread that will launch, whose stream becomes `compute`. `timed`: StepTimes also say when each stream
+        worked, which costs two more events a step."""
+        streams.use(streams.compute)
         self._streams, self._on_done, self._on_error = streams, on_done, on_error
         # Lanes come back in the order in which they were taken; None: no more launches.
         self._free: queue.SimpleQueue[_Lane | None] = queue.SimpleQueue()
@@ -229,7 +231,6 @@ class Lanes:
             lane.loading.record(streams.h2d)
         streams.copy(lane.input, host_in, in_bytes, streams.h2d)
         lane.loaded.record(streams.h2d)
-        streams.use(streams.compute)
         streams.compute.wait_event(lane.loaded)
         span.start.record(streams.compute)
         step(lane.input, lane.output)

@@ -64,6 +64,7 @@ class Model:
         self.ranks: Ranks | None = None
         self.sums_by_peers = config.sums_by_peers
         self.notes: list[str] = []  # what was done to make it fast, or why not
+        self.has_flash = False  # FlashAttention takes long prompts, outside CUDA graphs
         self.decoder: FusedDecoder | None = None  # runs in place of the module if it is recognized
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(module).forward).parameters
 
@@ -167,6 +168,7 @@ def _try_flash(model: Model) -> None:
     try:
         check_paging(model)
         backend.use_flash(found)
+        model.has_flash = True
         model.notes.append("long prompts by FlashAttention-3")
     except Exception as error:
         backend.use_flash(None)

@@ -1,26 +1,28 @@
 """The one launch that readies a step on CUDA: the plan's admits and block deltas, then what the model sees.
 
 The same as `inputs.apply_slots` and `inputs.build_inputs`, without their many small kernels. Called by the step runner
-and by `executor.graphs`, always ahead of the model and outside its CUDA graph, because the plan lies somewhere else in
-every step, and so does its output. What it writes lies always at the same place, which graphs have captured.
+and by `executor.graphs`, whose graphs begin with it. The plan lies somewhere else in every step, and so does its
+output: where, is in two numbers on the device. What it writes lies always at the same place.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
+from executor.copies import queue_number
 from executor.inputs import OFFSET_WORD, PlanHeader, StagedPlan, StepInputs
 from executor.slot_state import SlotState
 from ipc.frames import FrameLimits, Param, PlanWord
 
 _BLOCK: Final = 512
 _WARPS: Final = 8
+_HEADER_WORDS: Final = len(OFFSET_WORD) + int(PlanWord.OFFSETS)
 
 _OFFSETS = tl.constexpr(int(PlanWord.OFFSETS))
 _NUM_ROWS = tl.constexpr(int(PlanWord.NUM_ROWS))
@@ -44,7 +46,7 @@ class Unpack:
     """Owns the memory of every step's inputs: each step's are its first rows and tokens."""
 
     def __init__(self, state: SlotState, params: torch.Tensor, limits: FrameLimits) -> None:
-        """`params` int32 [slots, Param.COUNT] are the sampler's."""
+        """`params` int32 [slots, Param.COUNT] are the sampler's. Steps will run on the stream that is current now."""
         device, rows, tokens = state.position.device, limits.max_rows, limits.max_tokens
 
         def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -66,18 +68,17 @@ class Unpack:
             row_sample=zeros(rows, torch.int32),
             block_table=state.block_table,
         )
-        # int64 [1], of the column that the greedy tokens of a graph go to; 0 = nobody wants them
-        self.token_address = zeros(1, torch.int64)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        # int64 [1], of the plan; and of the column that the greedy tokens of a graph go to, 0 = nobody wants them
+        self._plan_address, self.token_address = zeros(2, torch.int64).split(1)
+        self._nothing = zeros(8 * _HEADER_WORDS, torch.uint8)
         every = self._all
         self._memory = (
-            params, state.position, state.last_token, state.block_table, self.token_address,
+            params, state.position, state.last_token, state.block_table,
             every.counts, every.token_ids, every.positions, every.slot_mapping, every.row_slot, every.query_start,
             every.kv_len, every.last_index, every.row_sample,
         )  # fmt: skip
-        # Triton takes an address as it is; a tensor it asks for its own in every launch, and the driver about that.
-        self._addresses = tuple(tensor.data_ptr() for tensor in self._memory)
         self._sizes = limits.max_blocks_per_seq, state.null_slot, state.block_size, rows.bit_length(), _BLOCK
-        self._launch: Any = None  # of the compiled kernel; to find it by its arguments would take 50 us a step
 
     def room(self, *, rows: int, decode: int, prefill: int, tokens: int, is_exact: bool = False) -> StepInputs:
         """Inputs for up to so many rows, decode rows, prefill rows and tokens, or for just these if `is_exact`. Their
@@ -101,22 +102,23 @@ class Unpack:
             is_exact=is_exact,
         )
 
-    def __call__(self, plan: StagedPlan, inputs: StepInputs, token_address: int = 0) -> None:
+    def point(self, plan: StagedPlan, token_address: int = 0) -> None:
+        """What is queued from now on reads this plan, and finds `token_address` in `self.token_address`."""
+        for cell, number in ((self._plan_address, plan.staged.data_ptr()), (self.token_address, token_address)):
+            if self._stream is None:  # in Triton's interpreter
+                cell.fill_(number)
+            else:
+                queue_number(cell.data_ptr(), number, self._stream)
+
+    def fill(self, inputs: StepInputs) -> None:
         """Apply the plan's admits and block deltas, fill `inputs`, and advance the positions of the plan's rows.
 
-        `inputs` are a room of ours. `token_address` is what `self.token_address` holds from then on.
-
-        What is beyond the plan's rows and tokens is padding: in a step of decode rows only each row a token at the null
-        slot, else rows without tokens, and tokens without a row.
+        `inputs` are a room of ours. What is beyond the plan's rows and tokens is padding: in a step of decode rows only
+        each row a token at the null slot, else rows without tokens, and tokens without a row. Capturable in a CUDA
+        graph.
         """
-        numbers = token_address, inputs.num_rows, inputs.num_tokens, int(inputs.decode_only)
-        if self._launch is not None:
-            self._launch(plan.staged.data_ptr(), *numbers, *self._addresses, *self._sizes)
-            return
-        arguments = plan.staged.view(torch.int32), *numbers, *self._memory, *self._sizes
-        compiled = _unpack_kernel[1, 1, 1](*arguments, num_warps=_WARPS)
-        if compiled is not None:  # as it is in Triton's interpreter
-            self._launch = compiled[1, 1, 1]
+        room = inputs.num_rows, inputs.num_tokens, int(inputs.decode_only)
+        _unpack_kernel[1, 1, 1](self._plan_address, *room, *self._memory, *self._sizes, num_warps=_WARPS)
 
     def eager(self, plan: StagedPlan) -> StepInputs:
         """`build_inputs` and all before it."""
@@ -128,16 +130,15 @@ class Unpack:
             tokens=header.num_tokens,
             is_exact=True,
         )
-        self(plan, inputs)
+        self.point(plan)
+        self.fill(inputs)
         if header.num_scores:
             inputs.last_index = torch.cat((inputs.last_index, plan.column("score_index", header.num_scores).long()))
         return inputs
 
-    def clear(self, inputs: StepInputs) -> None:
-        """Fill `inputs` with padding."""
-        words = len(OFFSET_WORD) + PlanWord.OFFSETS
-        nothing = torch.zeros(8 * words, dtype=torch.uint8, device=self._all.counts.device)
-        self(StagedPlan(PlanHeader([0] * words), nothing), inputs)
+    def point_at_nothing(self) -> None:
+        """As `point`, at a plan without rows: all that is filled is padding."""
+        self.point(StagedPlan(PlanHeader([0] * _HEADER_WORDS), self._nothing))
 
 
 @triton.jit
@@ -152,10 +153,9 @@ def _column(staged, word: tl.constexpr):
     return staged + tl.load(staged + 2 * word) // 4
 
 
-@triton.jit(do_not_specialize=["address", "row_room", "token_room", "decode_only", "max_blocks", "null_slot"])
+@triton.jit(do_not_specialize=["row_room", "token_room", "decode_only", "max_blocks", "null_slot"])
 def _unpack_kernel(
-    staged,  # int32 [words], a packed plan
-    address: tl.int64,  # annotated, as a small number would otherwise be compiled as an int32
+    plan_address,  # int64 [1], of a packed plan, int32 [words]
     row_room,
     token_room,
     decode_only,
@@ -163,7 +163,6 @@ def _unpack_kernel(
     position,  # int64 [slots], advanced
     last_token,  # int64 [slots]
     block_table,  # int32 [slots, max_blocks]
-    token_address,  # int64 [1], written
     counts,  # and so on, all written: see StepInputs
     token_ids,
     positions,
@@ -180,7 +179,7 @@ def _unpack_kernel(
     block: tl.constexpr,
 ):
     """One program: what it writes first it reads again."""
-    tl.store(token_address, address)
+    staged = tl.load(plan_address).to(tl.pointer_type(tl.int32))
     lane = tl.arange(0, block)
     words = _word(staged, _NUM_ADMITS) * _PARAMS
     for start in range(0, words, block):

@@ -59,8 +59,9 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
         sampler = Sampler(state.last_token, vocab, 0, device)
         unpack = Unpack(state, sampler.tables.params, limits)
         graphs = StepGraphs(
-            unpack, limits, parameters=1, compute=compute, forward=forward, sample_greedy=sampler.sample_greedy
-        )
+            unpack, limits, parameters=1, full_steps=False, compute=compute, forward=forward,
+            sample_greedy=sampler.sample_greedy,
+        )  # fmt: skip
         lanes = torch.full((2, 21), -7, dtype=torch.int32, device=device)[:, 1:]  # the first aligned to 4 bytes only
         state.last_token.copy_(torch.arange(21))
         state.position[:20] = torch.arange(20, device=device)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from executor.graphs import StepGraphs, _mixed_room, token_ladder
-from executor.inputs import PlanHeader, StagedPlan, StepInputs
+from executor.inputs import PlanHeader, StagedPlan
 from executor.model import Model
 from executor.sampler import Sampler
 from executor.slot_state import SlotState
@@ -137,7 +137,8 @@ def test_padding_is_unseen(name: str, tmp_path: Path) -> None:
                 want, left_behind = run_eagerly(bench, staged)
                 bench.restore()
                 room = _mixed_room(bench.unpack, size, bench.limits.max_rows)
-                bench.unpack(staged, room)
+                bench.unpack.point(staged)
+                bench.unpack.fill(room)
                 logits = bench.model.forward(room)
                 assert len(logits) == room.num_rows
                 assert_close(logits[: plan.num_rows].float(), want)
@@ -158,6 +159,7 @@ def test_a_replayed_step_is_the_eager_one_for_every_size_and_mix(
             bench.unpack,
             bench.limits,
             parameters=1,
+            full_steps=False,
             compute=compute,
             forward=model.forward,
             sample_greedy=sampler.sample_greedy,
@@ -187,27 +189,32 @@ def test_a_replayed_step_is_the_eager_one_for_every_size_and_mix(
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-def test_steps_that_fit_no_graph_leave_everything_to_the_caller(tmp_path: Path) -> None:
+def test_steps_that_fit_no_graph_leave_everything_to_the_caller_and_a_full_one_fits_exactly(tmp_path: Path) -> None:
     compute = torch.cuda.Stream()
+    full = synthetic_plan([1] * 8 + [120] * 17, 8, PlanFlag.NONE)
+    one_less = synthetic_plan([1] * 7 + [120] * 17, 7, PlanFlag.NONE)
+    scored = synthetic_plan([1, 5], 1, PlanFlag.LOGPROBS)
+    scored.score_index, scored.score_token = np.array([1], np.int32), np.array([3], np.int32)
+    many = synthetic_plan([1] * 4 + [2] * 34, 4, PlanFlag.NONE)
+    few = synthetic_plan([1] * 7 + [2] * 33, 7, PlanFlag.NONE)
+    one = synthetic_plan([1], 0, PlanFlag.NONE)
     with torch.inference_mode(), torch.cuda.stream(compute):
-        bench = make_bench(tmp_path, "llama", 40, 2048)
-
-        def forward(inputs: StepInputs) -> torch.Tensor:
-            return torch.zeros(inputs.num_rows, 8, device="cuda")
-
-        graphs = StepGraphs(
-            bench.unpack, bench.limits, parameters=2 * 10**9, compute=compute, forward=forward,
-            sample_greedy=lambda logits, row_slot, address: None,
-        )  # fmt: skip
-        scored = synthetic_plan([1, 5], 1, PlanFlag.LOGPROBS)
-        scored.score_index, scored.score_token = np.array([1], np.int32), np.array([3], np.int32)
-        bench.restore()
-        for plan in (
-            scored,
-            synthetic_plan([1] * 4 + [2] * 34, 4, PlanFlag.NONE),
-            synthetic_plan([1025], 0, PlanFlag.NONE),
-        ):
-            assert graphs.replay(stage(bench, plan), 0) is None
-            assert torch.equal(bench.state.position, bench.start["position"])
-        for plan in (synthetic_plan([1] * 7 + [2] * 33, 7, PlanFlag.NONE), synthetic_plan([1], 0, PlanFlag.NONE)):
-            assert graphs.replay(stage(bench, plan), 0) is not None
+        bench = make_bench(tmp_path, "llama", 40, full.num_tokens)
+        model, sampler = bench.model, bench.sampler
+        for full_steps in (False, True):
+            graphs = StepGraphs(
+                bench.unpack, bench.limits, parameters=4 * 10**9, full_steps=full_steps, compute=compute,
+                forward=model.forward, sample_greedy=sampler.sample_greedy,
+            )  # fmt: skip
+            for plan in (scored, many, one_less) if full_steps else (scored, many, one_less, full):
+                bench.restore()
+                assert graphs.replay(stage(bench, plan), 0) is None
+                assert torch.equal(bench.state.position, bench.start["position"])
+            for plan in (few, one, full) if full_steps else (few, one):
+                staged = stage(bench, plan)
+                want, left_behind = run_eagerly(bench, staged)
+                bench.restore()
+                graph = graphs.replay(staged, 0)
+                assert graph is not None
+                assert_close(graph.logits[: plan.num_rows].float(), want)
+                check_left_behind(bench, left_behind)

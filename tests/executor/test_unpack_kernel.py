@@ -108,7 +108,8 @@ def test_inputs_are_those_of_torch_and_the_rest_is_padding(
         memory = poisoned(unpack)
         decode = rows if not lengths else min(rows, tokens - 1)
         inputs = unpack.room(rows=rows, decode=decode, prefill=len(lengths), tokens=tokens)
-        unpack(staged, inputs)
+        unpack.point(staged)
+        unpack.fill(inputs)
         check_planned(inputs, expected)
         check_padding(inputs, expected, got.null_slot)
         for name, tensor in memory.items():
@@ -144,7 +145,7 @@ def check_padding(inputs: StepInputs, expected: StepInputs, null_slot: int) -> N
         assert (inputs.kv_len[rows:] == 0).all()
 
 
-def test_later_launches_do_what_the_first_did_and_each_leaves_its_token_address() -> None:
+def test_each_launch_reads_the_plan_it_is_pointed_at_and_any_address_comes_through() -> None:
     from executor.unpack_kernel import Unpack
 
     (want, want_sampler), (got, got_sampler) = (random_slots(np.random.default_rng(3)) for _ in range(2))
@@ -154,31 +155,34 @@ def test_later_launches_do_what_the_first_did_and_each_leaves_its_token_address(
         staged = stage(random_plan(np.random.default_rng(seed), 3, lengths, 2, 3))
         apply_slots(staged, want, want_sampler)
         inputs = unpack.room(rows=8, decode=8 - len(lengths), prefill=len(lengths), tokens=8)
-        unpack(staged, inputs, address)
+        unpack.point(staged, address)
+        unpack.fill(inputs)
         assert unpack.token_address.tolist() == [address]
         check_planned(inputs, build_inputs(staged, want))
         for name in ("position", "block_table"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
-def test_greedy_tokens_go_where_the_launch_said() -> None:
+def test_greedy_tokens_go_where_the_step_was_pointed() -> None:
     from executor.unpack_kernel import Unpack
 
     state, sampler = random_slots(np.random.default_rng(1))
     unpack = Unpack(state, sampler.tables.params, LIMITS)
     inputs = unpack.room(rows=4, decode=4, prefill=0, tokens=4)
-    plan = synthetic_plan([1] * 3, 3, PlanFlag.NONE)
+    staged = stage(synthetic_plan([1] * 3, 3, PlanFlag.NONE))
     lanes = torch.full((2, 4), POISON, dtype=torch.int32, device=DEVICE)
     for lane, token in ((0, 7), (1, 9), (0, 11)):
         logits = torch.zeros(4, VOCAB, device=DEVICE)
         logits[torch.arange(4), token + torch.arange(4)] = 1.0
         other = lanes[1 - lane].clone()
-        unpack(stage(plan), inputs, lanes[lane].data_ptr())
+        unpack.point(staged, lanes[lane].data_ptr())
+        unpack.fill(inputs)
         sampler.sample_greedy(logits, inputs.row_slot, unpack.token_address)
         assert lanes[lane].tolist() == [token, token + 1, token + 2, token + 3]
         assert torch.equal(lanes[1 - lane], other)
         assert state.last_token[:3].tolist() == [token, token + 1, token + 2]
-    unpack(stage(plan), inputs)
+    unpack.point(staged)
+    unpack.fill(inputs)
     before, carried = lanes.clone(), state.last_token.clone()
     sampler.sample_greedy(torch.rand(4, VOCAB, device=DEVICE), inputs.row_slot, unpack.token_address)
     assert torch.equal(lanes, before)
@@ -204,7 +208,7 @@ def test_an_eager_step_has_room_for_its_plan_alone_and_its_scores_come_last() ->
     assert inputs.last_index[-3:].tolist() == [5, 6, 20]
 
 
-def test_cleared_inputs_are_padding_alone() -> None:
+def test_inputs_of_nothing_are_padding_alone() -> None:
     from executor.unpack_kernel import Unpack
 
     state, sampler = random_slots(np.random.default_rng(1))
@@ -213,7 +217,8 @@ def test_cleared_inputs_are_padding_alone() -> None:
     poisoned(unpack)
     for room in ((8, 8, 0, 8), (16, 15, 16, 16)):
         inputs = unpack.room(rows=room[0], decode=room[1], prefill=room[2], tokens=room[3])
-        unpack.clear(inputs)
+        unpack.point_at_nothing()
+        unpack.fill(inputs)
         assert (inputs.row_slot == state.null_slot).all()
         assert (inputs.slot_mapping == NULL_BLOCK).all()
         assert inputs.counts.tolist() == ([8, 8] if inputs.decode_only else [0, 0])
