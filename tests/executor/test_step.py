@@ -111,7 +111,7 @@ def test_steps_that_replay_graphs_and_those_that_run_eagerly_have_the_same_resul
         target = ((inputs.token_ids * 3 + inputs.positions) % VOCAB)[inputs.last_index]
         return (target[:, None] == torch.arange(VOCAB, device=device)).to(torch.bfloat16)
 
-    model: Any = SimpleNamespace(forward=forward, num_parameters=1)
+    model: Any = SimpleNamespace(forward=forward, num_parameters=1, has_flash=False)
     compute = torch.cuda.Stream(device)
     with torch.inference_mode(), torch.cuda.stream(compute):
         states = [SlotState(LIMITS, device) for _ in range(2)]
