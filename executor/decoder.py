@@ -38,6 +38,7 @@ from executor.attention import LayerSpec, PagedLayer, decode_kernels, work_kerne
 from executor.attention import heads as head_kernels
 from executor.attention import kernels as attention_kernels
 from executor.attention.triton import Heads, TritonBackend
+from executor.compile_ahead import compiling_ahead, launch
 from executor.inputs import StepInputs
 from executor.layer_kernels import add_norm_kernel, embed_kernel, gate_kernel, rotate_kernel
 from executor.layer_launch import LayerLaunch
@@ -163,6 +164,7 @@ class FusedDecoder:
             is_known = bool(self._ranks.least(is_known))  # timing is done by all of them or by none
         if is_known:
             return
+        self._compile_ahead(forward, {size: timed[size] for size in keys})
         measured = {}
         for size, key in keys.items():
             self.ways[size] = way = self._fastest(forward, size, timed[size])
@@ -170,6 +172,15 @@ class FusedDecoder:
         settled = settle_choices(path, known, measured)
         for size, key in keys.items():
             self._take(size, settled[key])
+
+    def _compile_ahead(self, forward: Callable[[int], torch.Tensor], timed: dict[int, int]) -> None:
+        if self._ranks is not None:
+            return  # they would wait for each other's rows
+        with compiling_ahead():
+            for size, rows in timed.items():
+                for way in self._options(size):
+                    self.ways[size] = way
+                    forward(rows)
 
     def _take(self, size: int, choice: Any) -> bool:
         """Take the way that is written down for a class, if it is one."""
@@ -200,9 +211,9 @@ class FusedDecoder:
         way = self.ways[_row_class(max(inputs.num_tokens, len(inputs.last_index)))]
         self._few, self._pdl = way.few, way.pdl
         self._skinny.pdl = way.pdl
-        for launch in (self._rotate_kernel, self._add_norm_kernel, self._gate_kernel, self._skinny, self.peers):
-            if launch is not None:
-                launch.begin()
+        for part in (self._rotate_kernel, self._add_norm_kernel, self._gate_kernel, self._skinny, self.peers):
+            if part is not None:
+                part.begin()
         if way.few and self._ranks is None:
             return self._forward_few(inputs, last)
         return self._forward_many(inputs, last)
@@ -310,10 +321,10 @@ class FusedDecoder:
         width, rows = table.shape[1], inputs.num_tokens
         x, scaled = table.new_empty(rows, width), table.new_empty(rows, width)
         square = torch.empty(rows, dtype=torch.float32, device=table.device)
-        embed_kernel[(rows,)](
-            inputs.token_ids, table, norm.gain, x, scaled, square, norm.eps,
-            width=width, width_pad=triton.next_power_of_2(width), normed=normed, pdl=False, num_warps=4,
-        )  # fmt: skip
+        width_pad = triton.next_power_of_2(width)
+        options = {"width": width, "width_pad": width_pad, "normed": normed, "pdl": False, "num_warps": 4}
+        arguments = inputs.token_ids, table, norm.gain, x, scaled, square, norm.eps
+        launch(embed_kernel, (rows, 1, 1), arguments, options)
         return x, scaled, square
 
     def _add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: Any, normed: torch.Tensor) -> None:

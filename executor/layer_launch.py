@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from executor.compile_ahead import launch
+
 
 class LayerLaunch:
     """One kernel.
@@ -31,7 +33,7 @@ class LayerLaunch:
             compiled, constants = found
             compiled[grid](*arguments, *constants)
             return
-        compiled = self._kernel[grid](*arguments, **options)
+        compiled = launch(self._kernel, grid, arguments, options)
         if compiled is not None:  # as it is in Triton's interpreter
             names = self._kernel.arg_names[len(arguments) :]
             self._found[id(options)] = compiled, tuple(options[name] for name in names)

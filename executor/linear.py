@@ -6,18 +6,16 @@ Called by `executor.decoder` on the compute stream.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Final
 
 import torch
 import triton
-from triton import AsyncCompileMode
 
 from executor import linear_kernels
+from executor.compile_ahead import compiling_ahead
 from executor.layer_launch import LayerLaunch
 from executor.linear_kernels import linear_kernel
 from executor.measured import cache_path, read_choices, settle_choices
@@ -260,7 +258,7 @@ class SkinnyLinears:
         ranks = 0 if sink is None else len(sink.addresses)
         return arguments, _options(*kind, tile, parts, residual is not None, ranks, linear.early, self.pdl)
 
-    def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[Shape]], Iterator[Shape]]) -> None:
+    def tune(self, linears: Sequence[Linear], progress: Callable[[Sequence[_Product]], Iterator[_Product]]) -> None:
         """Measure the candidates of every shape and keep the fastest; a GPU that was measured before is read from disk.
 
         `linears` are all those of the model: going round them keeps weights out of the L2 cache, as in a step.
@@ -268,15 +266,16 @@ class SkinnyLinears:
         path = cache_path("linear", linears[0].weight.device, linear_kernels)
         known = read_choices(path)
         missing = [shape for shape in self._tiles if not self._take(shape, known)]
+        products = [_Product.of(shape, linears) for shape in missing]
+        with compiling_ahead():
+            for product in products:
+                for tile in candidates(product.shape):
+                    self._run(product, tile)
+        self.begin()
         measured = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for shape in progress(missing):
-                # Alone, a product is followed by itself, which reads nothing ahead.
-                alike = [
-                    replace(m, early=False) for m in linears if (m.n, m.k, m.gated) == (shape.n, shape.k, shape.gated)
-                ]
-                self._tiles[shape] = tile = self._fastest(shape, alike, pool)
-                measured[shape.key] = asdict(tile)
+        for product in progress(products):
+            self._tiles[product.shape] = tile = self._fastest(product)
+            measured[product.shape.key] = asdict(tile)
         if missing:
             settled = settle_choices(path, known, measured)
             for shape in missing:
@@ -289,26 +288,36 @@ class SkinnyLinears:
             self._tiles[shape] = tile
         return tile is not None
 
-    def _fastest(self, shape: Shape, linears: Sequence[Linear], pool: ThreadPoolExecutor) -> Tile:
-        x = torch.randn(shape.rows, shape.k, dtype=linears[0].weight.dtype, device=linears[0].weight.device)
-        out = x.new_empty(shape.rows, shape.n)
-        options = candidates(shape)
-        with AsyncCompileMode(pool, ignore_errors=True):
-            for tile in options:
-                arguments, constants = self._arguments(linears[0], x, tile, out)
-                linear_kernel.warmup(*arguments, grid=(1,), **constants)
-
+    def _fastest(self, product: _Product) -> Tile:
         def seconds(tile: Tile) -> float:
             try:
-                return time_graph(lambda: self._launch_all(linears, x, tile, out))
+                return time_graph(lambda: self._run(product, tile))
             except triton.runtime.OutOfResources:
                 return float("inf")
 
-        return min(options, key=seconds)
+        return min(candidates(product.shape), key=seconds)
 
-    def _launch_all(self, linears: Sequence[Linear], x: torch.Tensor, tile: Tile, out: torch.Tensor) -> None:
-        for linear in linears:
-            self._launch(linear, x, tile, out=out)
+    def _run(self, product: _Product, tile: Tile) -> None:
+        for linear in product.linears:
+            self._launch(linear, product.x, tile, out=product.out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """What the tiles of a shape are measured on."""
+
+    shape: Shape
+    linears: list[Linear]
+    x: torch.Tensor  # [rows, k]
+    out: torch.Tensor  # [rows, n]
+
+    @classmethod
+    def of(cls, shape: Shape, linears: Sequence[Linear]) -> _Product:
+        # Alone, a product is followed by itself, which reads nothing ahead.
+        alike = [replace(m, early=False) for m in linears if (m.n, m.k, m.gated) == (shape.n, shape.k, shape.gated)]
+        weight = alike[0].weight
+        x = torch.randn(shape.rows, shape.k, dtype=weight.dtype, device=weight.device)
+        return cls(shape, alike, x, x.new_empty(shape.rows, shape.n))
 
 
 def _shapes(linears: Sequence[Linear]) -> list[Shape]:

@@ -7,6 +7,7 @@ must never wait for the device. Weights come from safetensors only.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,7 @@ from torch import nn
 
 from executor import compilation, fusion, probe
 from executor.attention import LayerSpec, PagedLayer, choose_backend
+from executor.compile_ahead import compiling_ahead
 from executor.inputs import StepInputs
 from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
 from executor.ranks import Ranks
@@ -98,6 +100,16 @@ class Model:
         """Of this rank; with several, of the one with the fewest."""
         number = sum(parameter.numel() for parameter in self._module.parameters())
         return number if self.ranks is None else self.ranks.least(number)
+
+    @torch.inference_mode()
+    def compile_ahead(self, steps: Iterable[StepInputs]) -> None:
+        """Compile on all cores what these steps will launch. Of a fused decoder on one rank only: other code may look
+        at what it computes, and ranks wait for each other."""
+        if self.decoder is None or self.ranks is not None:
+            return
+        with compiling_ahead():
+            for inputs in steps:
+                self.forward(inputs)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -260,10 +272,12 @@ def check_paging(model: Model, share: float = 1.0) -> None:
     model.allocate_kv(pages + 1)
     probe.set_implementation(module, model.implementation)
     ends = sorted({num_tokens * 2 // 3, num_tokens - 1, num_tokens})
+    chunks = [(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True) if end > start]
+    steps = [_one_row(tokens, start, end, table, model.block_size) for start, end in chunks]
+    model.compile_ahead(steps)
     logits = torch.empty(0)
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        if end > start:
-            logits = model.forward(_one_row(tokens, start, end, table, model.block_size))[0].float()
+    for step in steps:
+        logits = model.forward(step)[0].float()
     model.allocate_kv(0)
     probe.set_implementation(module, "eager")
     # Only if something is compiled: the stance imports the compiler, which takes a second.

@@ -33,7 +33,7 @@ from ipc.clock import now_ns, now_s
 from ipc.config import EngineConfig, ExecutorChannels
 from ipc.errors import ConfigError
 from ipc.fault import read_fault
-from ipc.frames import Bytes, PlanWord, read_plan
+from ipc.frames import Bytes, PlanFlag, PlanWord, read_plan
 from ipc.results import RESULT_HEADER_BYTES, write_result_header
 from ipc.trace import Act, Track, open_trace
 
@@ -120,7 +120,9 @@ class Executor:
         """Compile, capture and pin everything, so that serving does none of it."""
         if not config.enforce_eager:
             self._runner.choose_ways()
-        for plan in warmup_plans(self._limits):  # before there are graphs, which would replay most of them
+        plans = warmup_plans(self._limits)
+        self._runner.compile_ahead(plan for plan in plans if plan.flags == PlanFlag.NONE)
+        for plan in plans:  # before there are graphs, which would replay most of them
             self._runner.run_alone(plan)
         for ring in (self._wire.plans, self._wire.results):
             pin(ring.memory)

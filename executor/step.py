@@ -6,6 +6,7 @@ work does not grow with the batch, and it never waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -109,12 +110,25 @@ class StepRunner:
 
     def run_alone(self, plan: Plan) -> None:
         """Run one synthetic plan outside the pipeline, on the current stream: for profiling and warm-up."""
+        staged = self._stage(plan)
+        output = torch.empty(self._layout.nbytes - RESULT_HEADER_BYTES, dtype=torch.uint8, device=staged.staged.device)
+        self.run(staged.header, False, staged.staged, output)
+        self._state.position.zero_()
+
+    def compile_ahead(self, plans: Iterable[Plan]) -> None:
+        """`Model.compile_ahead` for synthetic plans."""
+
+        def steps() -> Iterator[StepInputs]:
+            for plan in plans:
+                yield self._build_inputs(self._stage(plan))
+                self._state.position.zero_()
+
+        self._model.compile_ahead(steps())
+
+    def _stage(self, plan: Plan) -> StagedPlan:
         payload = np.zeros(self._limits.plan_bytes, np.uint8)
         used = write_plan(payload, plan)
-        device = self._state.position.device
-        output = torch.empty(self._layout.nbytes - RESULT_HEADER_BYTES, dtype=torch.uint8, device=device)
-        self.run(PlanHeader.read(payload), False, torch.from_numpy(payload[:used]).to(device), output)
-        self._state.position.zero_()
+        return StagedPlan(PlanHeader.read(payload), torch.from_numpy(payload[:used]).to(self._state.position.device))
 
     def choose_ways(self) -> None:
         """Time a fused decoder on rows with a context, spread over pages that nobody owns yet."""

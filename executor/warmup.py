@@ -57,11 +57,13 @@ def warmup_plans(limits: FrameLimits) -> list[Plan]:
     """Prefill, mixed and decode steps with every stage of the sampler and without; 1, 3 and 16 rows, as Triton compiles
     kernels anew for numbers that are 1 or divisible by 16. Longer chunks too, and as many decode rows as there may be:
     more tokens and more rows take other kernels."""
-    chunk, middle, long = (max(1, min(tokens, limits.max_tokens - 2, limits.max_seq_len)) for tokens in (17, 40, 150))
+    lengths = 17, 40, 100, 150
+    chunk, middle, longer, long = (max(1, min(n, limits.max_tokens - 2, limits.max_seq_len)) for n in lengths)
     shapes = [
         ([chunk], 0),
         ([1, 1, chunk], 2),
         ([middle], 0),
+        ([longer], 0),
         ([long], 0),
         ([1, 1, long], 2),
         ([1], 1),

@@ -21,6 +21,7 @@ from executor.attention.decode_kernels import decode_kernel
 from executor.attention.flash import Attend, Prompts, suits
 from executor.attention.kernels import prefill_kernel, tiles_kernel, write_kv_kernel
 from executor.attention.work_kernels import ITEM_WORDS, split_kernel
+from executor.compile_ahead import launch
 from executor.inputs import StepInputs
 from executor.layer_launch import LayerLaunch
 
@@ -83,21 +84,17 @@ class WorkList:
         """Cut the decode rows of a step."""
         rows = inputs.num_decode
         assert rows <= self._max_rows, f"{rows} decode rows, the work list was made for {self._max_rows}"
-        split_kernel[(-(-rows // _FEW_ROWS),)](
-            inputs.kv_len,
-            inputs.row_slot,
-            inputs.counts,
-            self.items,
-            len(self.items),
-            self.slots(rows),
-            self.window,
-            rows_pad=_FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
-            rank_block=_FEW_ROWS,
-            block_n=_SPLIT_BLOCK,
-            min_chunk=_MIN_CHUNK,
-            overhead=_CHUNK_OVERHEAD,
-            num_warps=1 if rows <= _FEW_ROWS else 8,
-        )
+        places = inputs.kv_len, inputs.row_slot, inputs.counts, self.items
+        options = {
+            "rows_pad": _FEW_ROWS if rows <= _FEW_ROWS else self._rows_pad,
+            "rank_block": _FEW_ROWS,
+            "block_n": _SPLIT_BLOCK,
+            "min_chunk": _MIN_CHUNK,
+            "overhead": _CHUNK_OVERHEAD,
+            "num_warps": 1 if rows <= _FEW_ROWS else 8,
+        }
+        grid = (-(-rows // _FEW_ROWS), 1, 1)
+        launch(split_kernel, grid, (*places, len(self.items), self.slots(rows), self.window), options)
 
 
 class TileList:
@@ -111,16 +108,8 @@ class TileList:
         tile, rows = self._tile_tokens, inputs.num_prefill
         room = (inputs.num_tokens + rows * (tile - 1)) // tile
         self.tiles = torch.empty(2, room, dtype=torch.int32, device=inputs.query_start.device)
-        tiles_kernel[(rows,)](
-            inputs.query_start,
-            inputs.counts,
-            self.tiles,
-            room,
-            tile_tokens=tile,
-            rows_pad=self._rows_pad,
-            block=_TILES_BLOCK,
-            num_warps=1,
-        )
+        options = {"tile_tokens": tile, "rows_pad": self._rows_pad, "block": _TILES_BLOCK, "num_warps": 1}
+        launch(tiles_kernel, (rows, 1, 1), (inputs.query_start, inputs.counts, self.tiles, room), options)
 
 
 class TritonBackend:
