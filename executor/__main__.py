@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -16,9 +17,12 @@ def run(config: EngineConfig, channels: ExecutorChannels) -> int:
     started_s = now_s()
     # OpenMP threads that spin while idle starve the other processes of a small machine; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    gc.disable()  # it would walk what is imported again and again, a fifth of the time
     # Only now: importing torch takes seconds, and the parent may die in them.
     from executor import process
 
+    gc.freeze()
+    gc.enable()
     return process.run(config, channels, started_s)
 
 
