@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from ipc.logs import news
+
 _is_ahead = False
 
 
@@ -20,7 +22,8 @@ _is_ahead = False
 def compiling_ahead() -> Iterator[None]:
     """Until the end of the block, which waits for all compilations, `launch` on this thread compiles only.
 
-    The block must not use what kernels would have computed, nor run kernels that wait for others.
+    The block must not use what kernels would have computed, nor run kernels that wait for others. What it raises is
+    told, and ends the block only.
     """
     from triton import AsyncCompileMode  # Triton is not there on a machine without CUDA
 
@@ -29,6 +32,8 @@ def compiling_ahead() -> Iterator[None]:
         _is_ahead = True
         try:
             yield
+        except Exception as error:  # it fails again in the run itself, if that fails too
+            news("executor", f"not all was compiled ahead: {type(error).__name__}: {error}")
         finally:
             _is_ahead = False
 

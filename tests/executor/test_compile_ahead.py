@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from executor import compile_ahead
-from executor.compile_ahead import launch
+from executor.compile_ahead import compiling_ahead, launch
 from executor.layer_launch import LayerLaunch
 from executor.warmup import synthetic_plan
 from ipc.frames import PlanFlag
@@ -37,6 +37,16 @@ def test_ahead_a_kernel_is_asked_for_once_a_step_and_never_launched(monkeypatch:
     by_layer.begin()
     by_layer(GRID, ("x0", 7), options)
     assert kernel.launches[2:] == [("search", GRID, "x0", 7)]
+
+
+def test_a_fault_ahead_of_a_run_is_told_and_leaves_the_run_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    with compiling_ahead():
+        raise ValueError("no such layer")
+    assert "not all was compiled ahead: ValueError: no such layer" in capsys.readouterr().err
+    kernel = Kernel()
+    launch(kernel, GRID, ("x", 7), {"flag": True, "width": 64})
+    assert kernel.launches == [("search", GRID, "x", 7)]
 
 
 @pytest.mark.gpu
