@@ -6,5 +6,6 @@ source scripts/setup.sh
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
+export OMP_NUM_THREADS=1 # each worker's engine has a core to itself, and no more
 # Files go to the workers whole, because their tests share engines, and in this order, the longest first.
 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
