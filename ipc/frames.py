@@ -238,18 +238,21 @@ def write_plan(payload: Bytes, plan: Plan) -> int:
     words = [0] * (_HEADER_BYTES // 8)
     words[PlanWord.SEQ], words[PlanWord.EPOCH], words[PlanWord.FLAGS] = plan.seq, plan.epoch, int(plan.flags)
     words[PlanWord.NUM_DECODE] = plan.num_decode
-    offset = _HEADER_BYTES
+    offset, memory = _HEADER_BYTES, payload.data
     for i, (name, dtype, _, count_word) in enumerate(_COLUMNS, int(PlanWord.OFFSETS)):
         column = getattr(plan, name)
         words[i] = offset
-        if nbytes := column.nbytes:
-            words[count_word] = len(column)
-            if offset + nbytes > len(payload):
-                raise ProtocolError(f"plan needs {offset + nbytes} bytes at {name}, the slot has {len(payload)}")
-            payload[offset : offset + nbytes].view(dtype)[:] = column.reshape(-1)
-            offset += aligned(nbytes)
+        if count := len(column):
+            assert column.dtype == dtype, f"{name} is of {column.dtype}"
+            values = column.tobytes()
+            end = offset + len(values)
+            if end > len(memory):
+                raise ProtocolError(f"plan needs {end} bytes at {name}, the slot has {len(memory)}")
+            words[count_word] = count
+            memory[offset:end] = values
+            offset = aligned(end)
     words[PlanWord.TOTAL_BYTES] = offset
-    _HEADER.pack_into(payload.data, 0, *words)
+    _HEADER.pack_into(memory, 0, *words)
     return offset
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import zmq
 
 from ipc.results import Result
@@ -41,11 +42,11 @@ class Mail:
 
     def sort_out(self, delivery: Delivery, result: Result) -> None:
         """Put each row of a delivery into its frontend's outbox."""
-        for index in np.unique(delivery.peer).tolist():
+        for index in _owners(delivery.peer):
             peer = self.peers.get(index)
             assert peer is not None, f"a request of frontend {index} outlived it"
             peer.outbox.add(delivery, result, np.flatnonzero(delivery.peer == index))
-        for index in np.unique(delivery.score_peer).tolist() if len(delivery.score_peer) else ():
+        for index in _owners(delivery.score_peer):
             peer = self.peers.get(index)
             assert peer is not None, f"a scored request of frontend {index} outlived it"
             peer.outbox.add_scores(delivery, result, np.flatnonzero(delivery.score_peer == index))
@@ -136,3 +137,12 @@ class Mail:
         log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
         peer.outbox.clear()
         self.end(requests, FinishReason.SLOW_CONSUMER)
+
+
+def _owners(peer: npt.NDArray[np.int32]) -> list[int]:
+    """The frontends in a column [rows], which often has one."""
+    if not len(peer):
+        return []
+    if not np.count_nonzero(peer != peer[0]):
+        return [int(peer[0])]
+    return [int(index) for index in np.unique(peer)]

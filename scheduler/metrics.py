@@ -74,7 +74,8 @@ def observe_tokens(histograms: Histograms, slots: SlotTable, slot: npt.NDArray[n
     if not len(slot):
         return
     common_ns = int(last_ns[0])
-    if common_ns and (last_ns == common_ns).all():  # the usual step: all had their last token in the same one
+    # The usual step: all had their last token in the same one.
+    if common_ns and not np.count_nonzero(last_ns != common_ns):
         histograms.observe(Distribution.INTER_TOKEN_S, (now_ns - common_ns) * _S, len(slot))
         return
     later = last_ns > 0

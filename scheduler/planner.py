@@ -26,6 +26,9 @@ from scheduler.state import SchedulerState
 Int32 = npt.NDArray[np.int32]
 _EMPTY: Final = np.empty(0, np.int32)
 _NO_BLOCKS: Final = np.empty((3, 0), np.int32)
+_NO_GENERATIONS: Final = np.empty(0, np.int64)
+# As plain numbers: to combine flags of an enum takes a microsecond each.
+_LOGPROBS, _GRAMMAR, _CONTINUES = int(PlanFlag.LOGPROBS), int(PlanFlag.GRAMMAR), int(PlanFlag.CONTINUES)
 _FOREVER: Final = 2**31 - 1
 MAX_ADMITS: Final = 32  # in one plan: each costs 20 us, and a burst of them must not outlast the step in flight
 
@@ -91,11 +94,13 @@ def _decode_rows(state: SchedulerState, draft: _Draft) -> Int32:
     while True:
         running = _eligible(state)
         computed = slots.computed[running]
-        ready = (computed >= slots.prefill_end[running]) & (computed + 1 < slots.limit[running])
+        ready = computed + 1 < slots.limit[running]
+        if slots.num_prefilling:
+            ready &= computed >= slots.prefill_end[running]
         if slots.num_constrained:
             ready &= _may_sample(slots, running, draft.grammar_room)
         decode = running[ready][: draft.budget]
-        need = decode[slots.num_blocks[decode] * block_size <= slots.computed[decode]]
+        need = decode[slots.num_blocks[decode] * block_size <= computed[ready][: draft.budget]]
         if len(need) <= state.pool.num_free:
             break
         state.preempt(_victim(state))
@@ -146,7 +151,10 @@ def _add_prefill(state: SchedulerState, draft: _Draft, slot: int) -> None:
 
 
 def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
-    slots, running = state.slots, _eligible(state)
+    slots = state.slots
+    if not slots.num_prefilling:
+        return
+    running = _eligible(state)
     for slot in running[slots.computed[running] < slots.prefill_end[running]].tolist():
         if draft.is_full:
             break
@@ -227,26 +235,29 @@ def _count_extras(state: SchedulerState, request: Request) -> tuple[int, int]:
 def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
     slots = state.slots
     row_slot, query_len, sample, tokens = _rows(slots, draft, decode)
-    blocks = np.concatenate(draft.block_columns, axis=1) if draft.block_columns else _NO_BLOCKS
-    flags = PlanFlag(int(np.bitwise_or.reduce(slots.features[row_slot])))
-    scores = _score_columns(state, draft, len(decode)) if draft.scores else _NO_SCORES
+    columns = draft.block_columns
+    blocks = _NO_BLOCKS if not columns else columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+    flags = int(np.bitwise_or.reduce(slots.features[row_slot]))
+    scores = _NO_SCORES
     if draft.scores:
-        flags |= PlanFlag.LOGPROBS
+        scores = _score_columns(state, draft, len(decode))
+        flags |= _LOGPROBS
     grammar_row, masks = _EMPTY, _EMPTY
     if slots.num_constrained:
         grammar_row = np.flatnonzero(sample & slots.constrained[row_slot]).astype(np.int32)
     if len(grammar_row):
-        flags |= PlanFlag.GRAMMAR
+        flags |= _GRAMMAR
         slots.runnable[row_slot[grammar_row]] = False  # until the mask after the token that this step samples
         masks = _masks(state, row_slot[grammar_row])
-    if not state.was_idle:
-        flags |= PlanFlag.CONTINUES
+    continues = not state.was_idle
+    if continues:
+        flags |= _CONTINUES
     state.seq += 1
     state.histograms.observe(Distribution.STEP_TOKENS, state.limits.max_tokens - draft.budget)
     plan = Plan(
         seq=state.seq,
         epoch=state.epoch,
-        flags=flags,
+        flags=PlanFlag(flags),
         num_decode=len(decode),
         row_slot=row_slot,
         row_query_len=query_len,
@@ -261,7 +272,7 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         grammar_word=masks,
         **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
     )
-    slots.computed[row_slot] += query_len
+    slots.advance(row_slot, query_len, len(decode))
     state.was_idle = False
     state.inflight.append(
         PlanRecord(
@@ -269,9 +280,10 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
             row_slot,
             slots.generation[row_slot],
             sample.astype(np.bool_),
-            plan.flags,
-            scores[2],
-            slots.generation[scores[2]],
+            wants_logprobs=bool(flags & _LOGPROBS),
+            continues=continues,
+            score_slot=scores[2],
+            score_generation=slots.generation[scores[2]] if draft.scores else _NO_GENERATIONS,
         )
     )
     return plan

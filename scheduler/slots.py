@@ -9,6 +9,7 @@ known .. computed      (while decoding) sampled on the GPU, their values not her
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ipc.frames import FrameLimits
 from scheduler.request import Request, State
@@ -41,7 +42,8 @@ class SlotTable:
         self.block_table = np.zeros((n, limits.max_blocks_per_seq), np.int32)
         self.ones = np.ones(n, np.int32)  # what decode rows have in common; never written to
         self.request: list[Request | None] = [None] * n
-        self.num_constrained = 0  # of the occupied slots; most steps have none and need not look
+        # How many occupied slots prefill, have a grammar, have stop ids: most steps have none and need not look.
+        self.num_prefilling = self.num_constrained = self.num_with_stop_ids = 0
         self._free = list(range(n - 1, -1, -1))
 
     @property
@@ -62,6 +64,8 @@ class SlotTable:
         self.features[slot] = int(request.features)
         self.constrained[slot] = bool(request.grammar)
         self.num_constrained += bool(request.grammar)
+        self.num_with_stop_ids += bool(request.stop_ids)
+        self.num_prefilling += computed < known
         self.runnable[slot] = True
         self.eos_stops[slot] = not request.params.ignore_eos or bool(request.grammar)  # nothing follows its end
         self.has_stop_ids[slot] = bool(request.stop_ids)
@@ -73,6 +77,13 @@ class SlotTable:
         self.running = np.append(self.running, np.int32(slot))
         request.state, request.slot = State.RUNNING, slot
         return slot
+
+    def advance(self, slot: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32], num_decode: int) -> None:
+        """A plan runs so many tokens [rows] of these slots [rows], decode rows first."""
+        self.computed[slot] += tokens
+        if len(slot) > num_decode:
+            prefill = slot[num_decode:]
+            self.num_prefilling -= int(np.count_nonzero(self.computed[prefill] >= self.prefill_end[prefill]))
 
     def vacate(self, slot: int) -> list[int]:
         """Take the slot from its request, whose tokens go back to its record; returns the blocks to release.
@@ -87,6 +98,8 @@ class SlotTable:
         self.request[slot] = None
         self.generation[slot] += 1
         self.num_constrained -= bool(self.constrained[slot])
+        self.num_with_stop_ids -= bool(self.has_stop_ids[slot])
+        self.num_prefilling -= bool(self.computed[slot] < self.prefill_end[slot])
         self.running = self.running[self.running != slot]
         self._free.append(slot)
         blocks: list[int] = self.block_table[slot, : self.num_blocks[slot]].tolist()

@@ -285,6 +285,10 @@ class SchedulerState:
         assert len(slots.running) + slots.num_free == self.limits.max_rows, "a slot is neither free nor running"
         running = [slots.request[s] for s in slots.running.tolist()]
         assert all(r is not None and r.state is State.RUNNING for r in running), "a slot runs for no one"
+        counted = slots.num_prefilling, slots.num_constrained, slots.num_with_stop_ids
+        kinds = slots.computed < slots.prefill_end, slots.constrained, slots.has_stop_ids
+        seen = tuple(int(np.count_nonzero(kind[slots.running])) for kind in kinds)
+        assert seen == counted, f"{seen} slots prefill, have a grammar, have stop ids; {counted} are counted"
         assert len(running) + self.num_waiting == len(self.requests), "a request is neither running nor waiting"
         assert all(slots.computed[s] <= slots.num_blocks[s] * block_size for s in slots.running), "tokens without block"
         assert len(self.inflight) <= self.config.max_depth, "more plans in flight than the depth"
