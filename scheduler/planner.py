@@ -164,8 +164,9 @@ def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
 
 def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
     """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
-    while not draft.is_full and len(draft.admits) < MAX_ADMITS and (request := state.queue.head()) is not None:
-        if not _admit(state, draft, request):
+    while state.slots.num_free and not draft.is_full and len(draft.admits) < MAX_ADMITS:
+        request = state.queue.head()
+        if request is None or not _admit(state, draft, request):
             break
 
 
