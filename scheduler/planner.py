@@ -8,15 +8,16 @@ found: every admitted request fits the cache alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ipc.clock import now_ns
-from ipc.frames import MAX_BIAS, PLAN_COLUMNS, Param, Plan, PlanFlag
+from ipc.frames import Plan, PlanFlag
 from ipc.histograms import Distribution
 from scheduler.admission import forbidden_ids
+from scheduler.admit_columns import NO_ADMITS, admit_columns
 from scheduler.inflight import PlanRecord
 from scheduler.metrics import observe_start
 from scheduler.request import Request
@@ -26,10 +27,10 @@ from scheduler.state import SchedulerState
 Int32 = npt.NDArray[np.int32]
 _EMPTY: Final = np.empty(0, np.int32)
 _NO_BLOCKS: Final = np.empty((3, 0), np.int32)
+_NO_SCORES: Final = np.empty((3, 0), np.int32)
 _NO_GENERATIONS: Final = np.empty(0, np.int64)
 # As plain numbers: to combine flags of an enum takes a microsecond each.
 _LOGPROBS, _GRAMMAR, _CONTINUES = int(PlanFlag.LOGPROBS), int(PlanFlag.GRAMMAR), int(PlanFlag.CONTINUES)
-_FOREVER: Final = 2**31 - 1
 MAX_ADMITS: Final = 32  # in one plan: each costs 20 us, and a burst of them must not outlast the step in flight
 
 
@@ -271,7 +272,7 @@ def _compose(state: SchedulerState, draft: _Draft, decode: Int32) -> Plan:
         score_token=scores[1],
         grammar_row=grammar_row,
         grammar_word=masks,
-        **(_admit_columns(state, draft) if draft.admits else _NO_ADMITS),
+        **(admit_columns(state, draft.admits) if draft.admits else NO_ADMITS),
     )
     slots.advance(row_slot, query_len, len(decode))
     state.was_idle = False
@@ -328,75 +329,3 @@ def _seal(state: SchedulerState, plan: Plan) -> None:
     """Prompt blocks that this plan fills become visible to the next one, never to itself."""
     for slot in plan.row_slot[plan.num_decode :].tolist():
         state.register_blocks(slot)
-
-
-def _admit_columns(state: SchedulerState, draft: _Draft) -> dict[str, Any]:
-    """The columns of a plan that only admissions fill."""
-    params = np.zeros((len(draft.admits), Param.COUNT), np.int32)
-    bias: list[tuple[int, int, int, float, int]] = []
-    history = [np.empty((3, 0), np.int32)]
-    for i, request in enumerate(draft.admits):
-        rows = _bias_rows(state, request)
-        bias += rows
-        _fill_params(params[i], request, int(state.slots.computed[request.slot]), len(rows))
-        if request.features & PlanFlag.PENALTY:
-            history.append(_history_of(request))
-    columns = np.array([(slot, i, token, until) for slot, i, token, _, until in bias], np.int32).reshape(-1, 4).T
-    counts = np.concatenate(history, axis=1)
-    return {
-        "admit_slot": np.array([request.slot for request in draft.admits], np.int32),
-        "admit_params": params,
-        "bias_slot": columns[0],
-        "bias_index": columns[1],
-        "bias_token": columns[2],
-        "bias_value": np.array([value for _, _, _, value, _ in bias], np.float32),
-        "bias_until": columns[3],
-        "history_slot": counts[0],
-        "history_token": counts[1],
-        "history_count": counts[2],
-    }
-
-
-_NO_SCORES: Final = np.empty((3, 0), np.int32)
-_NO_ADMITS: Final[dict[str, Any]] = {
-    name: np.empty((0, Param.COUNT) if name == "admit_params" else 0, np.float32 if name == "bias_value" else np.int32)
-    for name in PLAN_COLUMNS[PLAN_COLUMNS.index("admit_slot") : PLAN_COLUMNS.index("score_index")]
-}
-
-
-def _bias_rows(state: SchedulerState, request: Request) -> list[tuple[int, int, int, float, int]]:
-    """The slot's bias table: (slot, index, token, value, until position)."""
-    params, slot = request.params, request.slot
-    rows = [(slot, i, token, value, _FOREVER) for i, (token, value) in enumerate(sorted(params.logit_bias.items()))]
-    until = request.prompt_len + params.min_tokens
-    for token in forbidden_ids(params, state.config.card):
-        rows.append((slot, len(rows), token, -np.inf, until))
-    assert len(rows) <= MAX_BIAS, f"{len(rows)} bias rows were admitted, the table has {MAX_BIAS}"
-    return rows
-
-
-def _fill_params(row: Int32, request: Request, computed: int, num_bias: int) -> None:
-    params, floats = request.params, row.view(np.float32)
-    row[Param.COMPUTED] = computed
-    row[Param.PROMPT_LEN] = request.prompt_len
-    row[Param.SEED_LOW : Param.SEED_HIGH + 1] = np.array([params.seed], np.int64).view(np.int32)
-    row[Param.FEATURES] = int(request.features)
-    floats[Param.TEMPERATURE] = params.temperature
-    row[Param.TOP_K] = params.top_k
-    floats[Param.TOP_P] = params.top_p
-    floats[Param.MIN_P] = params.min_p
-    floats[Param.REPETITION] = params.repetition_penalty
-    floats[Param.PRESENCE] = params.presence_penalty
-    floats[Param.FREQUENCY] = params.frequency_penalty
-    row[Param.NUM_BIAS] = num_bias
-    row[Param.NUM_LOGPROBS] = params.logprobs
-
-
-def _history_of(request: Request) -> Int32:
-    """[3, unique tokens]: slot, token, (in prompt) | (times generated) << 1."""
-    prompt, output = request.tokens[: request.prompt_len], request.tokens[request.prompt_len :]
-    generated, times = np.unique(output, return_counts=True)
-    tokens = np.union1d(prompt, generated)
-    counts = np.isin(tokens, prompt).astype(np.int32)
-    counts[np.searchsorted(tokens, generated)] += times.astype(np.int32) << 1
-    return np.stack((np.full(len(tokens), request.slot, np.int32), tokens.astype(np.int32), counts))

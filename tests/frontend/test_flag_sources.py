@@ -12,7 +12,7 @@ import pytest
 from frontend import flags, launch, model_files
 from frontend.openai import ChatRequest, CompletionRequest, chat_params, completion_params
 from ipc.errors import ConfigError, ModelError
-from ipc.logs import LogConfig, configure_logs
+from ipc.logs import LogConfig, configure_logs, configure_news
 from tests.frontend.model_folder import tiny_model
 
 
@@ -122,6 +122,7 @@ def test_a_log_line_is_one_line_and_json_on_request(capsys: pytest.CaptureFixtur
     finally:
         logging.root.handlers, level = before
         logging.root.setLevel(level)
+        configure_news(LogConfig())
     text, structured = capsys.readouterr().err.splitlines()
     assert text.startswith("(scheduler pid=")
     assert text.endswith("] model a\\nINFO forged")
