@@ -59,7 +59,7 @@ class StepRunner:
             self._unpack,
             self._limits,
             parameters=self._model.num_parameters,
-            full_steps=not self._model.has_flash,  # it is faster than any graph
+            full_steps=not self._model.has_flash,  # FlashAttention saves more than a graph
             compute=compute,
             forward=self._model.forward,
             sample_greedy=self._sampler.sample_greedy,
