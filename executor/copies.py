@@ -14,17 +14,11 @@ import torch
 
 
 @cache
-def _copy() -> Any:
-    copy = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync
-    copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    return copy
-
-
-@cache
-def _write() -> Any:
-    write = ctypes.CDLL("libcuda.so.1").cuStreamWriteValue64_v2
-    write.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint]
-    return write
+def _driver() -> Any:
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuMemcpyAsync.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    driver.cuStreamWriteValue64_v2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint]
+    return driver
 
 
 def queue_copy(into: torch.Tensor, source: torch.Tensor, nbytes: int, stream: torch.cuda.Stream) -> None:
@@ -32,7 +26,7 @@ def queue_copy(into: torch.Tensor, source: torch.Tensor, nbytes: int, stream: to
 
     Raises RuntimeError with the driver's code.
     """
-    status = _copy()(into.data_ptr(), source.data_ptr(), nbytes, stream.cuda_stream)
+    status = _driver().cuMemcpyAsync(into.data_ptr(), source.data_ptr(), nbytes, stream.cuda_stream)
     if status:
         raise RuntimeError(f"copying {nbytes} bytes failed with CUDA error {status}")
 
@@ -42,6 +36,6 @@ def queue_number(address: int, number: int, stream: torch.cuda.Stream) -> None:
 
     Raises RuntimeError with the driver's code.
     """
-    status = _write()(stream.cuda_stream, address, number, 0)
+    status = _driver().cuStreamWriteValue64_v2(stream.cuda_stream, address, number, 0)
     if status:
         raise RuntimeError(f"writing to the device failed with CUDA error {status}")

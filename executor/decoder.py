@@ -23,9 +23,9 @@ residual, which therefore is added once, to the sum; the head's shares are gathe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
@@ -164,7 +164,9 @@ class FusedDecoder:
             is_known = bool(self._ranks.least(is_known))  # timing is done by all of them or by none
         if is_known:
             return
-        self._compile_ahead(forward, {size: timed[size] for size in keys})
+        self.compile_ahead(
+            partial(self._forward_as, way, size, forward, timed[size]) for size in keys for way in self._options(size)
+        )
         measured = {}
         for size, key in keys.items():
             self.ways[size] = way = self._fastest(forward, size, timed[size])
@@ -173,14 +175,13 @@ class FusedDecoder:
         for size, key in keys.items():
             self._take(size, settled[key])
 
-    def _compile_ahead(self, forward: Callable[[int], torch.Tensor], timed: dict[int, int]) -> None:
+    def compile_ahead(self, forwards: Iterable[Callable[[], torch.Tensor]]) -> None:
+        """Compile on all cores what these will launch. On one rank only: several wait for each other's rows."""
         if self._ranks is not None:
-            return  # they would wait for each other's rows
+            return
         with compiling_ahead():
-            for size, rows in timed.items():
-                for way in self._options(size):
-                    self.ways[size] = way
-                    forward(rows)
+            for forward in forwards:
+                forward()
 
     def _take(self, size: int, choice: Any) -> bool:
         """Take the way that is written down for a class, if it is one."""
@@ -190,11 +191,14 @@ class FusedDecoder:
         return way is not None
 
     def _fastest(self, forward: Callable[[int], torch.Tensor], size: int, rows: int) -> Way:
-        seconds = {}
-        for way in self._options(size):
-            self.ways[size] = way
-            seconds[way] = time_graph(lambda: forward(rows))
-        return min(seconds, key=seconds.__getitem__)
+        def seconds(way: Way) -> float:
+            return time_graph(partial(self._forward_as, way, size, forward, rows))
+
+        return min(self._options(size), key=seconds)
+
+    def _forward_as(self, way: Way, size: int, forward: Callable[[int], torch.Tensor], rows: int) -> torch.Tensor:
+        self.ways[size] = way
+        return forward(rows)
 
     def _options(self, size: int) -> list[Way]:
         """The ways that steps of a class can be run."""

@@ -97,7 +97,7 @@ class StepGraphs:
         if size is None:
             return None
         graph = self._graphs[size]
-        self._unpack.point(plan, token_address)
+        self._unpack.point(plan.staged, token_address)
         graph.cuda_graph.replay()
         return graph
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from executor import compilation, fusion, probe
 from executor.attention import LayerSpec, PagedLayer, choose_backend
-from executor.compile_ahead import compiling_ahead
 from executor.inputs import StepInputs
 from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
 from executor.ranks import Ranks
@@ -103,13 +102,10 @@ class Model:
 
     @torch.inference_mode()
     def compile_ahead(self, steps: Iterable[StepInputs]) -> None:
-        """Compile on all cores what these steps will launch. Of a fused decoder on one rank only: other code may look
-        at what it computes, and ranks wait for each other."""
-        if self.decoder is None or self.ranks is not None:
-            return
-        with compiling_ahead():
-            for inputs in steps:
-                self.forward(inputs)
+        """Compile on all cores what these steps will launch, if a fused decoder runs them: other code may look at what
+        it computes."""
+        if self.decoder is not None:
+            self.decoder.compile_ahead(partial(self.forward, inputs) for inputs in steps)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:

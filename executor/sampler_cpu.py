@@ -20,11 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ipc.frames import INVALID_TOKEN, Param, PlanFlag
-
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from ipc.frames import INVALID_TOKEN, Float32, Int32, Int64, Param, PlanFlag
 
 MIN_TEMPERATURE: Final = 1e-5  # below it a row is greedy, as in vLLM: logits / T would leave no room for the noise
 

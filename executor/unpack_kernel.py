@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 
 from executor.copies import queue_number
-from executor.inputs import OFFSET_WORD, PlanHeader, StagedPlan, StepInputs
+from executor.inputs import OFFSET_WORD, StagedPlan, StepInputs
 from executor.slot_state import SlotState
 from ipc.frames import FrameLimits, Param, PlanWord
 
 _BLOCK: Final = 512
 _WARPS: Final = 8
-_HEADER_WORDS: Final = len(OFFSET_WORD) + int(PlanWord.OFFSETS)
 
 _OFFSETS = tl.constexpr(int(PlanWord.OFFSETS))
 _NUM_ROWS = tl.constexpr(int(PlanWord.NUM_ROWS))
@@ -71,7 +70,7 @@ class Unpack:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         # int64 [1], of the plan; and of the column that the greedy tokens of a graph go to, 0 = nobody wants them
         self._plan_address, self.token_address = zeros(2, torch.int64).split(1)
-        self._nothing = zeros(8 * _HEADER_WORDS, torch.uint8)
+        self._nothing = zeros(len(OFFSET_WORD) + int(PlanWord.OFFSETS), torch.int64)  # the header of a plan
         every = self._all
         self._memory = (
             params, state.position, state.last_token, state.block_table,
@@ -102,9 +101,9 @@ class Unpack:
             is_exact=is_exact,
         )
 
-    def point(self, plan: StagedPlan, token_address: int = 0) -> None:
-        """What is queued from now on reads this plan, and finds `token_address` in `self.token_address`."""
-        for cell, number in ((self._plan_address, plan.staged.data_ptr()), (self.token_address, token_address)):
+    def point(self, staged: torch.Tensor, token_address: int = 0) -> None:
+        """What is queued from now on reads the plan in `staged`, and finds `token_address` in `self.token_address`."""
+        for cell, number in ((self._plan_address, staged.data_ptr()), (self.token_address, token_address)):
             if self._stream is None:  # in Triton's interpreter
                 cell.fill_(number)
             else:
@@ -130,7 +129,7 @@ class Unpack:
             tokens=header.num_tokens,
             is_exact=True,
         )
-        self.point(plan)
+        self.point(plan.staged)
         self.fill(inputs)
         if header.num_scores:
             inputs.last_index = torch.cat((inputs.last_index, plan.column("score_index", header.num_scores).long()))
@@ -138,7 +137,7 @@ class Unpack:
 
     def point_at_nothing(self) -> None:
         """As `point`, at a plan without rows: all that is filled is padding."""
-        self.point(StagedPlan(PlanHeader([0] * _HEADER_WORDS), self._nothing))
+        self.point(self._nothing)
 
 
 @triton.jit

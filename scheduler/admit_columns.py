@@ -8,14 +8,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from ipc.frames import MAX_BIAS, PLAN_COLUMNS, Param, PlanFlag
+from ipc.frames import MAX_BIAS, PLAN_COLUMNS, Int32, Param, PlanFlag
 from scheduler.admission import forbidden_ids
 from scheduler.request import Request
 from scheduler.state import SchedulerState
 
-Int32 = npt.NDArray[np.int32]
 _FOREVER: Final = 2**31 - 1
 NO_ADMITS: Final[dict[str, Any]] = {
     name: np.empty((0, Param.COUNT) if name == "admit_params" else 0, np.float32 if name == "bias_value" else np.int32)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ipc.clock import now_ns
-from ipc.frames import Plan, PlanFlag
+from ipc.frames import Int32, Plan, PlanFlag
 from ipc.histograms import Distribution
 from scheduler.admission import forbidden_ids
 from scheduler.admit_columns import NO_ADMITS, admit_columns
@@ -24,7 +24,6 @@ from scheduler.request import Request
 from scheduler.slots import SlotTable
 from scheduler.state import SchedulerState
 
-Int32 = npt.NDArray[np.int32]
 _EMPTY: Final = np.empty(0, np.int32)
 _NO_BLOCKS: Final = np.empty((3, 0), np.int32)
 _NO_SCORES: Final = np.empty((3, 0), np.int32)
@@ -165,22 +164,22 @@ def _continue_prefill(state: SchedulerState, draft: _Draft) -> None:
 
 def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
     """Admit from the head of the queue while budget, slots, blocks and room in the frame last. No one overtakes."""
-    while state.slots.num_free and not draft.is_full and len(draft.admits) < MAX_ADMITS:
-        request = state.queue.head()
-        if request is None or not _admit(state, draft, request):
+    while not draft.is_full and len(draft.admits) < MAX_ADMITS and (request := state.queue.head()) is not None:
+        if not _admit(state, draft, request):
             break
 
 
 def _admit(state: SchedulerState, draft: _Draft, request: Request) -> bool:
     """Admit the head of the queue; False if it must wait for a slot, for blocks or for the next frame."""
+    if not state.slots.num_free:
+        return False
     limits = state.limits
     hit = _find_prefix(state, request)
     total = -(-len(request.tokens) // limits.block_size)
     need = total - len(hit) + state.pool.num_free_in(hit)
     bias, history = _count_extras(state, request)
     if (
-        not state.slots.num_free
-        or need > state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
+        need > state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
         or draft.num_blocks + total > limits.max_plan_blocks
         or draft.num_bias + bias > limits.max_plan_bias
         or draft.num_history + history > limits.max_plan_history

@@ -137,7 +137,7 @@ def test_padding_is_unseen(name: str, tmp_path: Path) -> None:
                 want, left_behind = run_eagerly(bench, staged)
                 bench.restore()
                 room = _mixed_room(bench.unpack, size, bench.limits.max_rows)
-                bench.unpack.point(staged)
+                bench.unpack.point(staged.staged)
                 bench.unpack.fill(room)
                 logits = bench.model.forward(room)
                 assert len(logits) == room.num_rows

@@ -108,7 +108,7 @@ def test_inputs_are_those_of_torch_and_the_rest_is_padding(
         memory = poisoned(unpack)
         decode = rows if not lengths else min(rows, tokens - 1)
         inputs = unpack.room(rows=rows, decode=decode, prefill=len(lengths), tokens=tokens)
-        unpack.point(staged)
+        unpack.point(staged.staged)
         unpack.fill(inputs)
         check_planned(inputs, expected)
         check_padding(inputs, expected, got.null_slot)
@@ -155,7 +155,7 @@ def test_each_launch_reads_the_plan_it_is_pointed_at_and_any_address_comes_throu
         staged = stage(random_plan(np.random.default_rng(seed), 3, lengths, 2, 3))
         apply_slots(staged, want, want_sampler)
         inputs = unpack.room(rows=8, decode=8 - len(lengths), prefill=len(lengths), tokens=8)
-        unpack.point(staged, address)
+        unpack.point(staged.staged, address)
         unpack.fill(inputs)
         assert unpack.token_address.tolist() == [address]
         check_planned(inputs, build_inputs(staged, want))
@@ -175,13 +175,13 @@ def test_greedy_tokens_go_where_the_step_was_pointed() -> None:
         logits = torch.zeros(4, VOCAB, device=DEVICE)
         logits[torch.arange(4), token + torch.arange(4)] = 1.0
         other = lanes[1 - lane].clone()
-        unpack.point(staged, lanes[lane].data_ptr())
+        unpack.point(staged.staged, lanes[lane].data_ptr())
         unpack.fill(inputs)
         sampler.sample_greedy(logits, inputs.row_slot, unpack.token_address)
         assert lanes[lane].tolist() == [token, token + 1, token + 2, token + 3]
         assert torch.equal(lanes[1 - lane], other)
         assert state.last_token[:3].tolist() == [token, token + 1, token + 2]
-    unpack.point(staged)
+    unpack.point(staged.staged)
     unpack.fill(inputs)
     before, carried = lanes.clone(), state.last_token.clone()
     sampler.sample_greedy(torch.rand(4, VOCAB, device=DEVICE), inputs.row_slot, unpack.token_address)
