@@ -115,10 +115,12 @@ class StepGraphs:
         with torch.cuda.stream(self._compute):
             self._unpack.point_at_nothing()
             self._run(inputs)  # compiles and warms up whatever this size needs
-        self._compute.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._compute):
+            self._compute.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # `torch.cuda.graph` would give the driver memory back that eager steps ask it for again, which stalls them.
+            graph.capture_begin(pool=self._pool)
             logits = self._run(inputs)
+            graph.capture_end()
         return StepGraph(graph, inputs, _borrow(logits))
 
     def _run(self, inputs: StepInputs) -> torch.Tensor:

@@ -120,7 +120,8 @@ class Executor:
         """Compile, capture and pin everything, so that serving does none of it."""
         if not config.enforce_eager:
             self._runner.choose_ways()
-        plans = warmup_plans(self._limits)
+        # The largest step comes first: torch keeps its memory, and later ones find theirs in it.
+        plans = [full_step_plan(self._limits), *warmup_plans(self._limits)]
         self._runner.compile_ahead(plan for plan in plans if plan.flags == PlanFlag.NONE)
         for plan in plans:  # before there are graphs, which would replay most of them
             self._runner.run_alone(plan)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from executor.copies import queue_number
+from executor.copies import queue_numbers
 from executor.inputs import OFFSET_WORD, StagedPlan, StepInputs
 from executor.slot_state import SlotState
 from ipc.frames import FrameLimits, Param, PlanWord
@@ -69,7 +69,8 @@ class Unpack:
         )
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         # int64 [1], of the plan; and of the column that the greedy tokens of a graph go to, 0 = nobody wants them
-        self._plan_address, self.token_address = zeros(2, torch.int64).split(1)
+        self._addresses = zeros(2, torch.int64)
+        self._plan_address, self.token_address = self._addresses.split(1)
         self._nothing = zeros(len(OFFSET_WORD) + int(PlanWord.OFFSETS), torch.int64)  # the header of a plan
         every = self._all
         self._memory = (
@@ -103,11 +104,11 @@ class Unpack:
 
     def point(self, staged: torch.Tensor, token_address: int = 0) -> None:
         """What is queued from now on reads the plan in `staged`, and finds `token_address` in `self.token_address`."""
-        for cell, number in ((self._plan_address, staged.data_ptr()), (self.token_address, token_address)):
-            if self._stream is None:  # in Triton's interpreter
-                cell.fill_(number)
-            else:
-                queue_number(cell.data_ptr(), number, self._stream)
+        numbers = staged.data_ptr(), token_address
+        if self._stream is None:  # in Triton's interpreter
+            self._addresses.copy_(torch.tensor(numbers))
+        else:
+            queue_numbers(self._addresses.data_ptr(), numbers, self._stream)
 
     def fill(self, inputs: StepInputs) -> None:
         """Apply the plan's admits and block deltas, fill `inputs`, and advance the positions of the plan's rows.

@@ -202,6 +202,8 @@ def test_steps_that_fit_no_graph_leave_everything_to_the_caller_and_a_full_one_f
         bench = make_bench(tmp_path, "llama", 40, full.num_tokens)
         model, sampler = bench.model, bench.sampler
         for full_steps in (False, True):
+            staged = stage(bench, one_less)
+            model.forward(bench.unpack.eager(staged))
             graphs = StepGraphs(
                 bench.unpack, bench.limits, parameters=4 * 10**9, full_steps=full_steps, compute=compute,
                 forward=model.forward, sample_greedy=sampler.sample_greedy,
@@ -210,6 +212,9 @@ def test_steps_that_fit_no_graph_leave_everything_to_the_caller_and_a_full_one_f
                 bench.restore()
                 assert graphs.replay(stage(bench, plan), 0) is None
                 assert torch.equal(bench.state.position, bench.start["position"])
+            asked = torch.cuda.memory_stats()["num_device_alloc"]
+            model.forward(bench.unpack.eager(staged))
+            assert torch.cuda.memory_stats()["num_device_alloc"] == asked, "capturing has given memory back"
             for plan in (few, one, full) if full_steps else (few, one):
                 plan.prefill_token[:] = 1 + np.arange(len(plan.prefill_token)) % 30
                 staged = stage(bench, plan)
