@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from executor import compilation, fusion, probe
+from executor import compilation, fusion, probe, products
 from executor.attention import LayerSpec, PagedLayer, choose_backend
 from executor.inputs import StepInputs
 from executor.kv_cache import allocate_pages, bytes_per_block, choose_num_blocks
@@ -106,6 +106,11 @@ class Model:
         it computes."""
         if self.decoder is not None:
             self.decoder.compile_ahead(partial(self.forward, inputs) for inputs in steps)
+
+    @torch.inference_mode()
+    def run_products(self, max_rows: int, max_tokens: int) -> None:
+        """As `executor.products` has it."""
+        products.run_products(self._module, max_rows, max_tokens)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:
