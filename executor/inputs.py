@@ -27,7 +27,7 @@ class StepInputs:
 
     The four numbers are known to the host from the plan; everything else is on the device. With a CUDA graph the
     numbers are what it has room for, the tensors are static and as long as that, and `counts` says what is in them;
-    padding rows point at the null slot, padding tokens at the null block.
+    padding rows point at the null slot, padding tokens at the null block. Without one, only tokens are padded.
     """
 
     num_rows: int
@@ -46,7 +46,7 @@ class StepInputs:
     )  # int64 [rows + scores], each row's last token, and each scored one: where logits are wanted
     row_sample: torch.Tensor  # int32 [rows], 0 = the row ends inside its prompt
     block_table: torch.Tensor  # int32 [slots, max_blocks_per_seq]; indexed by row_slot
-    is_exact: bool = True  # the four numbers are what there is, not what there is room for
+    has_exact_rows: bool = True  # the three numbers of rows are what there is, not what there is room for
 
     @property
     def decode_only(self) -> bool:

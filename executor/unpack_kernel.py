@@ -17,6 +17,7 @@ import triton.language as tl
 
 from executor.copies import queue_numbers
 from executor.inputs import OFFSET_WORD, StagedPlan, StepInputs
+from executor.products import padded_tokens
 from executor.slot_state import SlotState
 from ipc.frames import FrameLimits, Param, PlanWord
 
@@ -47,6 +48,7 @@ class Unpack:
     def __init__(self, state: SlotState, params: torch.Tensor, limits: FrameLimits) -> None:
         """`params` int32 [slots, Param.COUNT] are the sampler's. Steps will run on the stream that is current now."""
         device, rows, tokens = state.position.device, limits.max_rows, limits.max_tokens
+        self._max_tokens = tokens
 
         def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
@@ -80,9 +82,9 @@ class Unpack:
         )  # fmt: skip
         self._sizes = limits.max_blocks_per_seq, state.null_slot, state.block_size, rows.bit_length(), _BLOCK
 
-    def room(self, *, rows: int, decode: int, prefill: int, tokens: int, is_exact: bool = False) -> StepInputs:
-        """Inputs for up to so many rows, decode rows, prefill rows and tokens, or for just these if `is_exact`. Their
-        memory is that of all others."""
+    def room(self, *, rows: int, decode: int, prefill: int, tokens: int, has_exact_rows: bool = False) -> StepInputs:
+        """Inputs for up to so many rows, decode rows, prefill rows and tokens, or for just these rows. Their memory is
+        that of all others."""
         every = self._all
         return StepInputs(
             num_rows=rows,
@@ -99,7 +101,7 @@ class Unpack:
             last_index=every.last_index[:rows],
             row_sample=every.row_sample[:rows],
             block_table=every.block_table,
-            is_exact=is_exact,
+            has_exact_rows=has_exact_rows,
         )
 
     def point(self, staged: torch.Tensor, token_address: int = 0) -> None:
@@ -121,14 +123,15 @@ class Unpack:
         _unpack_kernel[1, 1, 1](self._plan_address, *room, *self._memory, *self._sizes, num_warps=_WARPS)
 
     def eager(self, plan: StagedPlan) -> StepInputs:
-        """`build_inputs` and all before it."""
+        """`build_inputs` and all before it; tokens of prompts are padded."""
         header = plan.header
+        tokens = header.num_tokens
         inputs = self.room(
             rows=header.num_rows,
             decode=header.num_decode,
             prefill=header.num_prefill,
-            tokens=header.num_tokens,
-            is_exact=True,
+            tokens=padded_tokens(tokens, self._max_tokens) if header.num_prefill else tokens,
+            has_exact_rows=True,
         )
         self.point(plan.staged)
         self.fill(inputs)

@@ -136,7 +136,7 @@ class TritonBackend:
         self._decode_kernel, self._prefill_kernel = LayerLaunch(decode_kernel), LayerLaunch(prefill_kernel)
 
     def use_flash(self, call: Attend | None, always: bool = False) -> None:
-        """Let FlashAttention take the prompts of exact steps where they are long, or `always`; or nobody."""
+        """Let FlashAttention take the prompts of steps with exact rows where they are long, or `always`; or nobody."""
         self._flash, self._flash_tokens = call, 0 if always else _FLASH_TOKENS
 
     def begin(self, inputs: StepInputs) -> None:
@@ -150,7 +150,7 @@ class TritonBackend:
             for tiles in self._tiles.values():
                 tiles.fill(inputs)
             tokens = inputs.num_tokens - inputs.num_decode
-            if self._flash is not None and inputs.is_exact and tokens >= self._flash_tokens * inputs.num_prefill:
+            if self._flash is not None and inputs.has_exact_rows and tokens >= self._flash_tokens * inputs.num_prefill:
                 self._prompts = Prompts.of(inputs, self._flash)
 
     def _begin_launches(self) -> None:

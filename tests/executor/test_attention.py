@@ -254,7 +254,7 @@ def with_room(case: Case, rows: int, decode: int, prefill: int, tokens: int) -> 
         last_index=pad(inputs.last_index, rows, 0),
         row_sample=pad(inputs.row_sample, rows, 0),
         block_table=table,
-        is_exact=False,
+        has_exact_rows=False,
     )
 
 

@@ -189,22 +189,32 @@ def test_greedy_tokens_go_where_the_step_was_pointed() -> None:
     assert torch.equal(state.last_token, carried)
 
 
-def test_an_eager_step_has_room_for_its_plan_alone_and_its_scores_come_last() -> None:
+@pytest.mark.parametrize(
+    ("num_decode", "lengths", "tokens"),
+    [(4, [9, 30], 64), (5, [100, 25], 192), (21, [], 21), (400, [1000], LIMITS.max_tokens)],
+)
+def test_an_eager_step_has_room_for_its_rows_alone_and_its_scores_come_last(
+    num_decode: int, lengths: list[int], tokens: int
+) -> None:
     from executor.unpack_kernel import Unpack
 
     rng = np.random.default_rng(5)
-    plan = random_plan(rng, 4, [9, 30], 2, 10)
+    plan = random_plan(rng, num_decode, lengths, 2, 10)
     plan.score_index, plan.score_token = (np.array(values, np.int32) for values in ([5, 6, 20], [1, 2, 3]))
     want, sampler = random_slots(np.random.default_rng(6))
     got, _ = random_slots(np.random.default_rng(6))
     staged = stage(plan)
     apply_slots(staged, want, sampler)
     expected = build_inputs(staged, want)
-    inputs = Unpack(got, sampler.tables.params, LIMITS).eager(staged)
-    for name in ("num_rows", "num_decode", "num_prefill", "num_tokens"):
+    unpack = Unpack(got, sampler.tables.params, LIMITS)
+    poisoned(unpack)
+    inputs = unpack.eager(staged)
+    assert inputs.has_exact_rows
+    for name in ("num_rows", "num_decode", "num_prefill"):
         assert getattr(inputs, name) == getattr(expected, name), name
-    for name in (*WRITTEN, "counts"):
-        assert getattr(inputs, name).tolist() == getattr(expected, name).tolist(), name
+    assert inputs.num_tokens == len(inputs.token_ids) == tokens
+    check_planned(inputs, expected)
+    check_padding(inputs, expected, got.null_slot)
     assert inputs.last_index[-3:].tolist() == [5, 6, 20]
 
 
