@@ -107,6 +107,7 @@ class Executor:
             phases.end("optimize")
         if self._device.type == "cuda":
             model.run_products(self._limits.max_rows, self._limits.max_tokens)
+            phases.end("products")
         full_step = full_step_plan(self._limits)
         self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step))
         if self._ranks is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from executor.shards import Cutter, Piece
+from executor.shards import Cutter, Piece, read_plan
 from executor.weights import load_module
 from ipc.errors import ModelError
 from tests.executor.fused_model import INTERPRET, ON_GPU, WIDER, check_logits
@@ -67,7 +67,10 @@ def test_tokens_of_two_ranks_are_those_of_transformers(tmp_path: Path, device: s
         assert answers[0]["tokens"] == expected, name
         whole = sum(parameter.numel() for parameter in theirs[name].parameters())
         if name in ("llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"):
-            assert ranks[0][place]["held"] < 0.51 * whole, f"{name}: a rank of two holds more than half"
+            # Plans of transformers 5.17 leave the embedding whole.
+            is_cut = "model.embed_tokens" in read_plan(theirs[name])
+            kept = 0 if is_cut else theirs[name].get_input_embeddings().weight.numel()
+            assert ranks[0][place]["held"] < kept + 0.51 * (whole - kept), f"{name}: a rank of two holds more than half"
             assert ranks[0][place]["kv_heads"] == [1, 1]
 
 
