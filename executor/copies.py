@@ -7,13 +7,14 @@ by the lanes and ahead of a graph.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final
 
 import torch
 
 _WRITE_64: Final = 5  # CU_STREAM_MEM_OP_WRITE_VALUE_64
+_OPERATION_WORDS: Final = 6  # int64s: kind, address, number, and what is 0
 
 
 @cache
@@ -34,13 +35,23 @@ def queue_copy(into: torch.Tensor, source: torch.Tensor, nbytes: int, stream: to
         raise RuntimeError(f"copying {nbytes} bytes failed with CUDA error {status}")
 
 
-def queue_numbers(address: int, numbers: Sequence[int], stream: torch.cuda.Stream) -> None:
-    """The int64s from a device address on become `numbers`, between what the stream runs before and after.
+class Numbers:
+    """int64s on the device, one after the other, that change between what a stream runs before and after."""
 
-    Raises RuntimeError with the driver's code.
-    """
-    words = [word for i, number in enumerate(numbers) for word in (_WRITE_64, address + 8 * i, number, 0, 0, 0)]
-    operations = (ctypes.c_uint64 * len(words))(*words)  # of type CUstreamBatchMemOpParams
-    status = _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(numbers), operations, 0)
-    if status:
-        raise RuntimeError(f"writing to the device failed with CUDA error {status}")
+    def __init__(self, memory: torch.Tensor) -> None:
+        """`memory` int64 [count], on the device."""
+        self._count = len(memory)
+        # Made once, of type CUstreamBatchMemOpParams: the driver reads it when it is called.
+        self._operations = (ctypes.c_uint64 * (_OPERATION_WORDS * self._count))()
+        for i in range(self._count):
+            self._operations[_OPERATION_WORDS * i] = _WRITE_64
+            self._operations[_OPERATION_WORDS * i + 1] = memory.data_ptr() + 8 * i
+
+    def queue(self, numbers: Iterable[int], stream: torch.cuda.Stream) -> None:
+        """All of them, in one call. Raises RuntimeError with the driver's code."""
+        operations = self._operations
+        for i, number in enumerate(numbers):
+            operations[_OPERATION_WORDS * i + 2] = number
+        status = _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, self._count, operations, 0)
+        if status:
+            raise RuntimeError(f"writing to the device failed with CUDA error {status}")

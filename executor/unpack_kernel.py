@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from executor.copies import queue_numbers
+from executor.copies import Numbers
 from executor.inputs import OFFSET_WORD, StagedPlan, StepInputs
 from executor.products import padded_tokens
 from executor.slot_state import SlotState
@@ -73,6 +73,7 @@ class Unpack:
         # int64 [1], of the plan; and of the column that the greedy tokens of a graph go to, 0 = nobody wants them
         self._addresses = zeros(2, torch.int64)
         self._plan_address, self.token_address = self._addresses.split(1)
+        self._numbers = Numbers(self._addresses)
         self._nothing = zeros(len(OFFSET_WORD) + int(PlanWord.OFFSETS), torch.int64)  # the header of a plan
         every = self._all
         self._memory = (
@@ -110,7 +111,7 @@ class Unpack:
         if self._stream is None:  # in Triton's interpreter
             self._addresses.copy_(torch.tensor(numbers))
         else:
-            queue_numbers(self._addresses.data_ptr(), numbers, self._stream)
+            self._numbers.queue(numbers, self._stream)
 
     def fill(self, inputs: StepInputs) -> None:
         """Apply the plan's admits and block deltas, fill `inputs`, and advance the positions of the plan's rows.
