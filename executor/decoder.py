@@ -56,7 +56,7 @@ from executor.linear import (
 from executor.measured import cache_path, read_choices, settle_choices
 from executor.peer_start import Senders
 from executor.peers import LOGIT_ROWS, Peers, Place
-from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecognizedError
+from executor.recognition import DecoderWeights, LayerWeights, Norm, NotRecognizedError, require
 from executor.shards import ShardedEmbedding
 
 _MANY: Final = 0  # the class of steps of more than MAX_ROWS tokens
@@ -86,13 +86,11 @@ class FusedDecoder:
     ) -> None:
         """Raises NotRecognizedError if the kernels cannot run this model."""
         device, dtype = weights.embedding.device, weights.embedding.dtype
-        _require(dtype in DTYPES, f"its dtype is {dtype}")
+        require(dtype in DTYPES, f"its dtype is {dtype}")
         for layer in layers:
             spec = layer.spec
-            _require(
-                spec.k_dim == spec.v_dim and spec.k_dim & (spec.k_dim - 1) == 0, f"its heads are {spec.k_dim} wide"
-            )
-            _require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
+            require(spec.k_dim == spec.v_dim and spec.k_dim & (spec.k_dim - 1) == 0, f"its heads are {spec.k_dim} wide")
+            require(spec.softcap is None and not spec.has_sinks, "its attention has a soft cap or sinks")
         self._weights, self._layers, self._backend, self._ranks = weights, layers, backend, weights.ranks
         self.peers: Peers | None = None  # sums of few rows, if they can be written to the other GPUs
         self._has_pdl = self._pdl = has_pdl(device)  # `_pdl` and `_few`: of the step that is launched
@@ -106,11 +104,11 @@ class FusedDecoder:
         self._rotate_kernel, self._add_norm_kernel = LayerLaunch(rotate_kernel), LayerLaunch(add_norm_kernel)
         self._gate_kernel = LayerLaunch(gate_kernel)
         self._linears = [*self._qkv, *self._o, *self._gate_up, *self._down, self._head]
-        table = _rotary_table(weights.rotary, layers[0].spec.k_dim, max_model_len, dtype, device)
+        table = weights.rotary_table(layers[0].spec.k_dim, max_model_len)
         self._heads = [_heads(table, layer) for layer in weights.layers]
         self._name = _name(self._linears, layers)
         aligned = device.type != "cuda" or all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in self._per_layer())
-        _require(aligned, f"its weights are not all at multiples of {_ALIGNMENT} bytes")
+        require(aligned, f"its weights are not all at multiples of {_ALIGNMENT} bytes")
         # The gain of the norm that follows each layer.
         norms = [layer.input_norm for layer in weights.layers] + [weights.norm]
         self._next_norm = norms[1:]
@@ -389,23 +387,3 @@ def _heads(table: tuple[torch.Tensor, torch.Tensor], weights: LayerWeights) -> H
     if q_norm is None or k_norm is None:
         return Heads(*table)
     return Heads(*table, q_norm.gain, k_norm.gain, q_norm.eps)
-
-
-def _rotary_table(
-    rotary: Any, dim: int, positions: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [positions, dim / 2], as the model's own module computes them."""
-    ids = torch.arange(positions, device=device)[None]
-    x = torch.empty(1, 1, 1, dtype=dtype, device=device)
-    halves = []
-    for table in rotary(x, ids):
-        _require(table.shape == (1, positions, dim), f"its rotary table is {list(table.shape)}")
-        first, second = table[0].chunk(2, dim=-1)
-        _require(torch.equal(first, second), "its rotary halves differ")
-        halves.append(first.contiguous())
-    return halves[0], halves[1]
-
-
-def _require(holds: bool, difference: str) -> None:
-    if not holds:
-        raise NotRecognizedError(difference)

@@ -81,6 +81,18 @@ class DecoderWeights:
     ranks: Ranks | None  # products with o and down are to be summed over them
     gathers: int | None  # features of the head's shares together, if it is shared out
 
+    def rotary_table(self, dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [positions, dim / 2], as the model's own module computes them. Raises NotRecognizedError if they
+        are of another kind."""
+        ids = torch.arange(positions, device=self.embedding.device)[None]
+        halves = []
+        for table in self.rotary(self.embedding.new_empty(1, 1, 1), ids):
+            require(table.shape == (1, positions, dim), f"its rotary table is {list(table.shape)}")
+            first, second = table[0].chunk(2, dim=-1)
+            require(torch.equal(first, second), "its rotary halves differ")
+            halves.append(first.contiguous())
+        return halves[0], halves[1]
+
 
 def recognize(model: Any) -> DecoderWeights:
     """The weights of `model` (views, nothing is copied). Raises NotRecognizedError with the first difference."""
@@ -88,9 +100,9 @@ def recognize(model: Any) -> DecoderWeights:
     if inner is None or head is None:
         raise NotRecognizedError(f"{type(model).__name__} has no model and lm_head")
     _same(inner, _MODELS)
-    _require(type(inner.embed_tokens) in (nn.Embedding, ShardedEmbedding), "its embedding is of another kind")
-    _require(type(head) in (nn.Linear, GatheredLinear) and head.bias is None, "its head is of another kind")
-    _require(set(dict(inner.named_children())) == {"embed_tokens", "layers", "norm", "rotary_emb"}, "it has more parts")
+    require(type(inner.embed_tokens) in (nn.Embedding, ShardedEmbedding), "its embedding is of another kind")
+    require(type(head) in (nn.Linear, GatheredLinear) and head.bias is None, "its head is of another kind")
+    require(set(dict(inner.named_children())) == {"embed_tokens", "layers", "norm", "rotary_emb"}, "it has more parts")
     for name in ("apply_rotary_pos_emb", "rotate_half"):
         _same_function(getattr(sys.modules[type(inner).__module__], name), (getattr(modeling_llama, name),))
     return DecoderWeights(
@@ -109,7 +121,7 @@ def _ranks(layers: Any) -> Ranks | None:
     """The ranks that all of the output projections are shared out among, or none of them."""
     outputs = [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     kinds = {type(linear) for linear in outputs}
-    _require(len(kinds) == 1, "some of its output projections are shared out among ranks, others are not")
+    require(len(kinds) == 1, "some of its output projections are shared out among ranks, others are not")
     first: Any = outputs[0]
     return first.ranks if kinds == {RowLinear} else None
 
@@ -119,14 +131,14 @@ def _layer(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     _same(attention, _ATTENTIONS)
     _same(mlp, _MLPS)
-    _require(type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"), f"its activation is {type(mlp.act_fn).__name__}")
+    require(type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"), f"its activation is {type(mlp.act_fn).__name__}")
     qkv = _whole(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up = _whole(mlp.gate_proj, mlp.up_proj)
-    _require(gate_up.bias is None, "its MLP has a bias")
+    require(gate_up.bias is None, "its MLP has a bias")
     for linear in (attention.o_proj, mlp.down_proj):
-        _require(type(linear) in (nn.Linear, RowLinear), "an output projection is of another kind")
-        _require(not getattr(linear, "splits_input", False), "an output projection cuts its input")
-        _require(linear.bias is None, "an output projection has a bias")
+        require(type(linear) in (nn.Linear, RowLinear), "an output projection is of another kind")
+        require(not getattr(linear, "splits_input", False), "an output projection cuts its input")
+        require(linear.bias is None, "an output projection has a bias")
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return LayerWeights(
         input_norm=_norm(layer.input_layernorm),
@@ -150,27 +162,28 @@ def _whole(*parts: Any) -> nn.Linear:
     """The product that `parts` are the slices of, in this order and without gaps."""
     start = 0
     for part in parts:
-        _require(type(part) is FusedLinear, "its linear layers are not fused")
-        _require(part.whole is parts[0].whole and part.start == start, "its linear layers are fused in another order")
+        require(type(part) is FusedLinear, "its linear layers are not fused")
+        require(part.whole is parts[0].whole and part.start == start, "its linear layers are fused in another order")
         start = part.stop
     whole: nn.Linear = parts[0].whole
-    _require(start == whole.out_features, "more linear layers are fused")
+    require(start == whole.out_features, "more linear layers are fused")
     return whole
 
 
-def _require(holds: bool, difference: str) -> None:
+def require(holds: bool, difference: str) -> None:
+    """Raise NotRecognizedError unless it holds."""
     if not holds:
         raise NotRecognizedError(difference)
 
 
 def _same(module: nn.Module, known: tuple[type[nn.Module], ...]) -> None:
-    _require("forward" not in vars(module), f"{type(module).__name__} is patched")
+    require("forward" not in vars(module), f"{type(module).__name__} is patched")
     _same_function(type(module).forward, tuple(kind.forward for kind in known))
 
 
 def _same_function(function: Callable[..., Any], known: tuple[Callable[..., Any], ...]) -> None:
     program = _program(function)
-    _require(
+    require(
         any(program == _program(other) for other in known), f"{function.__qualname__} is not {known[0].__qualname__}"
     )
 
