@@ -131,7 +131,7 @@ class Gatekeeper:
         self._keys = load_server_keys(folder)
         self._clients = folder / "clients"
         self._listed: dict[bytes, str] = {}  # public key -> name
-        self._read_at = -1  # modification time of the folder when it was last read as a whole
+        self._files: dict[Path, int] = {}  # modification time of each when they were read
         self._refused: set[bytes] = set()  # keys already logged
         self.socket = context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -169,12 +169,13 @@ class Gatekeeper:
     def _names(self) -> dict[bytes, str]:
         """Who is listed now; while the folder cannot be read, nobody."""
         try:
-            modified = self._clients.stat().st_mtime_ns
-            if modified != self._read_at:
-                self._listed = {_load_public(path): path.stem for path in sorted(self._clients.glob("*.key"))}
-                self._read_at = modified
+            self._clients.stat()  # a folder that is not there would be an empty list
+            files = {path: path.stat().st_mtime_ns for path in sorted(self._clients.glob("*.key"))}
+            if files != self._files:
+                self._listed = {_load_public(path): path.stem for path in files}
+                self._files = files
         except (OSError, ConfigError) as error:
-            self._listed, self._read_at = {}, -1
+            self._listed, self._files = {}, {}
             _log.warning("no client is let in: %s", error)
         return self._listed
 

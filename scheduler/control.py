@@ -123,6 +123,7 @@ class Control:
         for request in self.state.executor_attached(self.epoch, min(blocks)):
             peer = self.mail.peers.get(request.peer)
             self.state.finish(request)
+            self.state.counters.requests_rejected += 1
             if peer is not None:
                 numbers = f"{request.limit} tokens, the KV cache now holds {self.state.max_seq_len}"
                 self.mail.notify(peer, Rejected(request.request_id, "context_length_exceeded", numbers))

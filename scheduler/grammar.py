@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ipc.doorbell import Doorbell
 from ipc.errors import GrammarError
 from ipc.schema import ModelCard
-from scheduler.request import Request
+from scheduler.request import Request, State
 
 Mask = npt.NDArray[np.int32]  # [mask words], one bit for each token id
 Job = tuple[Request, list[int]]  # and the output tokens its matcher has not seen
@@ -69,6 +69,8 @@ class GrammarWorker:
     def _compile_all(self) -> None:
         while True:
             for request, tokens in self._compiling.get():
+                if request.state is State.DONE:  # it was aborted; nobody behind it needs to wait
+                    continue
                 outcome: Mask | GrammarError
                 try:
                     if self._compiler is None:

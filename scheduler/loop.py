@@ -235,7 +235,7 @@ class Loop:
         if peer is None:  # it was away for too long, or we are new: it must introduce itself again
             self.mail.send_to(identity, Rejected(-1, "unavailable", f"{type(message).__name__} before Hello"))
             return
-        peer.last_heard_ns = now_ns()
+        peer.silent_beats = 0
         match message:
             case Admit():
                 self._admit(peer, message)
@@ -257,8 +257,8 @@ class Loop:
             text = f"protocol version {hello.version}, expected {PROTOCOL_VERSION}"
             self.mail.send_to(identity, Rejected(-1, "protocol_error", text))
             return
-        peer = self.mail.peers.add(identity, hello.name, hello.pid, now_ns())
-        peer.last_heard_ns = now_ns()
+        peer = self.mail.peers.add(identity, hello.name, hello.pid)
+        peer.silent_beats = 0
         self.mail.welcome(peer)
         if self.state.draining:
             self.mail.notify(peer, Draining())
@@ -293,14 +293,20 @@ class Loop:
             return
         self.next_check_ns = now + int(HEARTBEAT_S * 1e9)
         for peer in self.mail.peers:
-            if now - peer.last_heard_ns > HEARTBEAT_LIMIT_S * 1e9:
-                self.mail.remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
-                self.control.tell(FrontendStuck(peer.pid))
+            peer.silent_beats += 1
+            if peer.silent_beats * HEARTBEAT_S > HEARTBEAT_LIMIT_S:
+                self._give_up(peer)
         self.control.report(self._step_age_ns() * 1e-9)
         if self.config.log_stats and self.stats_line.is_due(now):
             line = self.stats_line.make(self.stats(), now)
             if line is not None:
                 log.info("%s", line)
+
+    def _give_up(self, peer: Peer) -> None:
+        """A frontend is silent: the launcher ends it, unless it has come back under another identity."""
+        self.mail.remove(peer, f"silent for {HEARTBEAT_LIMIT_S:.0f} s")
+        if all((other.name, other.pid) != (peer.name, peer.pid) for other in self.mail.peers):
+            self.control.tell(FrontendStuck(peer.pid))
 
     def _is_owed_to_frontends(self) -> bool:
         """Rows wait to be sent, or frontends of the scheduler before this one may still bring requests."""
@@ -324,7 +330,7 @@ class Loop:
             frontends=len(self.mail.peers),
             draining=state.draining,
             histograms=state.histograms.pack(),
-            queued_tokens=state.queue.num_tokens,
-            peers=self.mail.peers.stats(owner for owner, _ in state.requests),
+            queued_tokens=state.num_waiting_tokens,
+            peers=self.mail.peers.stats(state.open_requests),
             **{name: getattr(counters, name) for name in counters.__slots__},
         )

@@ -17,7 +17,6 @@ import zmq
 from ipc.results import Result
 from ipc.schema import PROTOCOL_VERSION, FinishReason, Message, Welcome
 from ipc.sockets import send_to
-from scheduler.outbox import MAX_BACKLOG_ROWS
 from scheduler.peers import Peer, PeerTable
 from scheduler.request import Request
 from scheduler.retire import Delivery
@@ -67,7 +66,7 @@ class Mail:
                 rows += peer.outbox.rows
                 peer.sent_tokens += peer.outbox.rows
                 peer.outbox.clear()
-            elif peer.outbox.backlog > MAX_BACKLOG_ROWS:
+            elif peer.outbox.is_too_long:
                 self._give_up(peer)
         return rows
 
@@ -105,7 +104,9 @@ class Mail:
         self.state.counters.requests_finished[reason.name.lower()] += len(requests)
 
     def remove(self, peer: Peer, reason: str) -> None:
-        """Forget a frontend, and abort its requests."""
+        """Forget a frontend, and abort its requests; again does nothing."""
+        if self.peers.get(peer.index) is None:  # the send before has found it gone already
+            return
         requests = self.state.requests_of(peer.index)
         for request in requests:
             self.state.finish(request)
@@ -132,10 +133,12 @@ class Mail:
         return not peer.notices
 
     def _give_up(self, peer: Peer) -> None:
-        """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows."""
-        requests = self.state.requests_of(peer.index)
+        """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows, and by
+        those of requests whose end was in it."""
+        requests, ended = self.state.requests_of(peer.index), peer.outbox.ended
         log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
         peer.outbox.clear()
+        peer.outbox.add_end(ended, FinishReason.SLOW_CONSUMER)
         self.end(requests, FinishReason.SLOW_CONSUMER)
 
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from ipc.frames import INVALID_TOKEN
 from ipc.results import Result
-from ipc.schema import FinishReason, Logprobs, Tokens
+from ipc.schema import MAX_MESSAGE_BYTES, FinishReason, Logprobs, Tokens
 from scheduler.retire import Delivery
 
 MAX_BACKLOG_ROWS: Final = 200_000  # a frontend further behind is a slow consumer
+MAX_BACKLOG_BYTES: Final = MAX_MESSAGE_BYTES // 2  # of log-probabilities: all must fit one message
 
 
 @dataclass(slots=True)
@@ -25,6 +26,7 @@ class Outbox:
 
     rows: int = 0
     num_scores: int = 0
+    logprob_bytes: int = 0
     started: list[tuple[int, int]] = field(default_factory=list)  # (request id, cached tokens)
     _columns: dict[str, list[npt.NDArray[Any]]] = field(
         default_factory=lambda: {name: [] for name in ("request_id", "token", "finish")}
@@ -40,6 +42,17 @@ class Outbox:
     def backlog(self) -> int:
         """Rows and scores not sent yet."""
         return self.rows + self.num_scores
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether its frontend is a slow consumer."""
+        return self.backlog > MAX_BACKLOG_ROWS or self.logprob_bytes > MAX_BACKLOG_BYTES
+
+    @property
+    def ended(self) -> list[int]:
+        """Requests whose terminal row was not sent yet."""
+        columns = zip(self._columns["request_id"], self._columns["finish"], strict=True)
+        return [int(i) for ids, finish in columns for i in ids[finish != FinishReason.RUNNING]]
 
     def add(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
         """Append the rows `mine` [n] of a delivery, in order."""
@@ -60,11 +73,13 @@ class Outbox:
 
     def _add_logprobs(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
         asked = np.flatnonzero(delivery.num_logprobs[mine] >= 0)
-        _append(self._logprobs, asked + self.rows, result, delivery.result_row[mine][asked])
+        source = delivery.result_row[mine][asked]
+        self.logprob_bytes += _append(self._logprobs, asked + self.rows, result, source)
 
     def add_scores(self, delivery: Delivery, result: Result, mine: npt.NDArray[np.intp]) -> None:
         """Append the scores `mine` [n] of a delivery, in order."""
-        _append(self._scores, np.arange(len(mine)) + self.num_scores, result, delivery.score_result_row[mine])
+        row, source = np.arange(len(mine)) + self.num_scores, delivery.score_result_row[mine]
+        self.logprob_bytes += _append(self._scores, row, result, source)
         self._scored_id.append(delivery.score_request_id[mine])
         self.num_scores += len(mine)
 
@@ -84,7 +99,7 @@ class Outbox:
         )
 
     def clear(self) -> None:
-        self.rows = self.num_scores = 0
+        self.rows = self.num_scores = self.logprob_bytes = 0
         for column in (*self._columns.values(), *self._logprobs.values(), *self._scores.values()):
             column.clear()
         self.started.clear()
@@ -100,11 +115,12 @@ def _append(
     row: npt.NDArray[np.intp],
     result: Result,
     source: npt.NDArray[np.int64],
-) -> None:
-    """Copy the log-probabilities in rows `source` of a result, as rows `row` of the message."""
+) -> int:
+    """Copy the log-probabilities in rows `source` of a result, as rows `row` of the message; how many bytes."""
     columns["row"].append(row.astype(np.int32))
     for name in ("logprob", "rank", "top_token", "top_logprob"):
         columns[name].append(getattr(result, name)[source])
+    return sum(column[-1].nbytes for column in columns.values())
 
 
 def _message(columns: dict[str, list[npt.NDArray[Any]]]) -> Logprobs | None:

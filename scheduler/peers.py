@@ -1,9 +1,9 @@
-"""The frontends connected to this scheduler: who they are, when they were last heard, what they are still owed."""
+"""The frontends connected to this scheduler: who they are, how long they have been silent, what they are still owed."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ipc.schema import Message, PeerStats
@@ -18,7 +18,7 @@ class Peer:
     identity: bytes
     name: str
     pid: int
-    last_heard_ns: int
+    silent_beats: int = 0  # since it was last heard: a scheduler that stood still counts none
     sent_tokens: int = 0
     outbox: Outbox = field(default_factory=Outbox)
     notices: deque[Message] = field(default_factory=deque)  # found its socket full; in order, before its rows
@@ -38,11 +38,11 @@ class PeerTable:
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._by_index.values()))
 
-    def add(self, identity: bytes, name: str, pid: int, now_ns: int) -> Peer:
+    def add(self, identity: bytes, name: str, pid: int) -> Peer:
         """A new frontend, or the same one saying Hello again, which keeps its index and its requests."""
         peer = self._by_identity.get(identity)
         if peer is None:
-            peer = Peer(self._next_index, identity, name, pid, now_ns)
+            peer = Peer(self._next_index, identity, name, pid)
             self._next_index += 1
             self._by_identity[identity] = self._by_index[peer.index] = peer
         return peer
@@ -56,9 +56,8 @@ class PeerTable:
     def remove(self, peer: Peer) -> None:
         del self._by_identity[peer.identity], self._by_index[peer.index]
 
-    def stats(self, owners: Iterable[int]) -> list[PeerStats]:
-        """Of each peer; `owners` has the index of a peer for each open request."""
-        open_requests = Counter(owners)
+    def stats(self, open_requests: Counter[int]) -> list[PeerStats]:
+        """Of each peer; `open_requests` by the index of a peer."""
         return [
             PeerStats(peer.name, peer.pid, open_requests[peer.index], peer.sent_tokens, peer.outbox.backlog)
             for peer in self

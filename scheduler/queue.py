@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+from typing import Final
 
 from scheduler.request import Request, State
 
+_FEW: Final = 64
+
 
 class WaitingQueue:
-    """A heap with lazy removal: push, pop and remove cost O(log n), the planner looks only at the head."""
+    """A heap with lazy removal: push, pop and remove cost O(log n) on average, the planner looks only at the head."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[bool, int, int, Request]] = []
@@ -42,6 +45,9 @@ class WaitingQueue:
         assert request.state is State.WAITING
         request.state = State.DONE
         self._forget(request)
+        if len(self._heap) > 2 * self._size + _FEW:  # most of it is gone: what lies behind the head is kept in memory
+            self._heap = [entry for entry in self._heap if entry[-1].state is State.WAITING]
+            heapq.heapify(self._heap)
 
     def _forget(self, request: Request) -> None:
         self._size -= 1

@@ -5,7 +5,7 @@ The loop calls `admit`, `abort` and `executor_*`; planner.py and retire.py work 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,7 +42,9 @@ class SchedulerState:
         self.counters = Counters()
         self.histograms = Histograms()
         self.requests: dict[tuple[int, int], Request] = {}  # (peer, request_id) -> open request
+        self.open_requests: Counter[int] = Counter()  # by peer
         self.preparing: set[Request] = set()
+        self._preparing_tokens = 0
         self.masks_wanted: list[tuple[Request, list[int]]] = []  # output tokens not matched yet, for the loop to submit
         self.started: list[tuple[int, int, int]] = []  # (peer, request_id, cached tokens), until the next delivery
         self.epoch = 0
@@ -102,6 +104,7 @@ class SchedulerState:
             raise RequestError(f"{request.scored} prompt tokens were scored already, {request.num_scores} can be")
         self._hash(request, len(tokens))
         self.requests[peer, request.request_id] = request
+        self.open_requests[peer] += 1
         if request.grammar:
             self.masks_wanted.append((request, output.tolist()))
         self._enqueue(request)
@@ -114,11 +117,10 @@ class SchedulerState:
             raise UnavailableError("the engine is shutting down and takes no new requests")
         if self.num_waiting >= self.config.max_num_queued_reqs:
             raise OverloadedError(f"{self.num_waiting} requests wait, the limit is {self.config.max_num_queued_reqs}")
-        limit, queue = self.config.max_num_queued_tokens, self.queue
+        limit, waiting = self.config.max_num_queued_tokens, self.num_waiting_tokens
         # An empty queue takes a prompt of any length: it would never be taken otherwise.
-        if limit is not None and queue and queue.num_tokens + prompt_len > limit:
-            tokens = queue.num_tokens + prompt_len
-            raise OverloadedError(f"{tokens} tokens would wait, the limit is {limit} ({queue.num_tokens} wait)")
+        if limit is not None and waiting and waiting + prompt_len > limit:
+            raise OverloadedError(f"{waiting + prompt_len} tokens would wait, the limit is {limit} ({waiting} wait)")
 
     def abort(self, peer: int, request_id: int) -> bool:
         """End a request now, wherever it is; its rows in flight are ignored. False if it is not open."""
@@ -138,13 +140,16 @@ class SchedulerState:
     def finish(self, request: Request) -> None:
         """Forget an open request and free what it holds."""
         del self.requests[request.peer, request.request_id]
+        self.open_requests[request.peer] -= 1
+        if not self.open_requests[request.peer]:
+            del self.open_requests[request.peer]
         if request is self.on_trial:
             self.on_trial = None
         if request.state is State.RUNNING:
             self._vacate(request)
             request.state = State.DONE
         elif request.state is State.PREPARING:
-            self.preparing.remove(request)
+            self._end_preparing(request)
             request.state = State.DONE
         else:
             self.queue.remove(request)
@@ -154,8 +159,13 @@ class SchedulerState:
         if request.awaits_mask:
             request.state = State.PREPARING
             self.preparing.add(request)
+            self._preparing_tokens += len(request.tokens)
         else:
             self.queue.push(request)
+
+    def _end_preparing(self, request: Request) -> None:
+        self.preparing.remove(request)
+        self._preparing_tokens -= len(request.tokens)
 
     def mask_arrived(self, request: Request, mask: npt.NDArray[np.int32]) -> None:
         """The request may go on, wherever it is."""
@@ -163,7 +173,7 @@ class SchedulerState:
         if request.state is State.RUNNING:
             self.slots.runnable[request.slot] = True
         elif request.state is State.PREPARING:
-            self.preparing.remove(request)
+            self._end_preparing(request)
             self.queue.push(request)
 
     @property
@@ -171,9 +181,13 @@ class SchedulerState:
         return len(self.queue) + len(self.preparing)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        return self.queue.num_tokens + self._preparing_tokens
+
+    @property
     def load(self) -> tuple[int, int, int]:
         """Running requests, waiting ones, tokens of those."""
-        return len(self.slots.running), self.num_waiting, self.queue.num_tokens
+        return len(self.slots.running), self.num_waiting, self.num_waiting_tokens
 
     def requests_of(self, peer: int) -> list[Request]:
         return [request for (owner, _), request in self.requests.items() if owner == peer]
@@ -236,7 +250,8 @@ class SchedulerState:
         self.epoch, self.attached = epoch, True
         self.pool = BlockPool(num_blocks)
         for request in list(self.requests.values()):
-            if request.limit > self.max_seq_len:
+            # What is done with one may end others: their frontend is found gone.
+            if request.state is not State.DONE and request.limit > self.max_seq_len:
                 yield request
 
     def executor_lost(self) -> list[Request]:
@@ -290,5 +305,8 @@ class SchedulerState:
         seen = tuple(int(np.count_nonzero(kind[slots.running])) for kind in kinds)
         assert seen == counted, f"{seen} slots prefill, have a grammar, have stop ids; {counted} are counted"
         assert len(running) + self.num_waiting == len(self.requests), "a request is neither running nor waiting"
+        assert self.open_requests == Counter(peer for peer, _ in self.requests), "an owner's requests are miscounted"
+        waiting = [r for r in self.requests.values() if r.state is not State.RUNNING]
+        assert self.num_waiting_tokens == sum(len(r.tokens) for r in waiting), "tokens that wait are miscounted"
         assert all(slots.computed[s] <= slots.num_blocks[s] * block_size for s in slots.running), "tokens without block"
         assert len(self.inflight) <= self.config.max_depth, "more plans in flight than the depth"

@@ -12,7 +12,7 @@ from ipc.errors import GrammarError
 from ipc.frames import PlanFlag
 from ipc.schema import ModelCard, SamplingParams
 from scheduler.grammar import GrammarWorker, Job
-from scheduler.request import Request
+from scheduler.request import Request, State
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -132,3 +132,16 @@ def test_a_model_without_what_grammars_need_says_so(path: str, eos: tuple[int, .
     (error,) = driver.run((request(regex("a")), []))
     assert isinstance(error, GrammarError)
     assert lacks in error.message
+
+
+def test_the_grammar_of_an_aborted_request_is_not_compiled() -> None:
+    driver = Driver()
+    aborted, live = request(regex("a+"), 1), request(regex("b+"), 2)
+    aborted.state = State.DONE
+    driver.worker.submit([(aborted, []), (live, [])])
+    found = []
+    while not found:
+        assert driver.bell.wait(timeout_s=WAIT_S), "no mask came"
+        found = [asked for asked, _ in driver.worker.take()]
+    assert found == [live]
+    assert aborted.matcher is None

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 
-from ipc.control import Drained, FrontendStuck
+from ipc.control import Drain, Drained, ExecutorHello, ExecutorLost, FrontendStuck
+from ipc.ring import RingReader, RingWriter
 from ipc.schema import (
     PROTOCOL_VERSION,
     Abort,
@@ -26,13 +27,16 @@ from ipc.schema import (
     ModelCard,
     Paused,
     Rejected,
+    SamplingParams,
     Stats,
     Tokens,
     Welcome,
     decode_scheduler,
     encode,
+    pack_tokens,
 )
 from scheduler import mail as mail_module
+from scheduler import outbox as outbox_module
 from tests.scheduler.bench import LIMIT_MS, Bench, Peer, admit, receive_rows, rows
 
 
@@ -116,8 +120,7 @@ def test_a_frontend_that_leaves_or_falls_silent_takes_its_requests_along(bench: 
         assert peer.stats().dropped_messages == 0  # what it sent before has arrived
     assert sum((staying.stats().running, staying.stats().waiting)) == 3
     leaving.send(Goodbye())
-    bench.loop.mail.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
-    bench.loop.next_check_ns = 0
+    fall_silent(bench, silent)
     for _ in range(LIMIT_MS):
         if (stats := staying.stats()).frontends == 1:
             break
@@ -127,15 +130,26 @@ def test_a_frontend_that_leaves_or_falls_silent_takes_its_requests_along(bench: 
 
 
 def test_a_slow_consumer_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mail_module, "MAX_BACKLOG_ROWS", 20)
+    monkeypatch.setattr(outbox_module, "MAX_BACKLOG_ROWS", 20)
     slow, quick = bench.frontend_peer(), bench.frontend_peer()
     monkeypatch.setattr(bench.loop.mail, "send_to", _full_for(bench, slow.socket.getsockopt(zmq.IDENTITY)))
-    slow.send(admit(1, max_tokens=40))
+    slow.send(admit(1, max_tokens=40), admit(2, max_tokens=5))  # the second comes to its end unheard
     quick.send(admit(1, max_tokens=40))
     assert receive_rows(quick, 40)[-1][2] == FinishReason.LENGTH
     assert quick.stats().requests_finished["slow_consumer"] == 1
     monkeypatch.undo()
-    assert receive_rows(slow, 1) == [(1, -1, FinishReason.SLOW_CONSUMER)]
+    assert sorted(receive_rows(slow, 2)) == [(i, -1, FinishReason.SLOW_CONSUMER) for i in (1, 2)]
+
+
+def test_a_backlog_of_log_probabilities_is_bounded_in_bytes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_BACKLOG_BYTES", 20 * 40)
+    slow, quick = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for(bench, slow.socket.getsockopt(zmq.IDENTITY)))
+    params = SamplingParams(max_tokens=40, temperature=0.0, logprobs=2)
+    slow.send(Admit(1, pack_tokens([1, 2]), params))
+    quick.send(Admit(1, pack_tokens([1, 2]), params))
+    assert receive_rows(quick, 40)[-1][2] == FinishReason.LENGTH
+    assert quick.stats().requests_finished["slow_consumer"] == 1
 
 
 def _full_for(bench: Bench, identity: bytes) -> Any:
@@ -210,9 +224,77 @@ def test_a_dead_frontend_gives_its_blocks_back_within_two_steps(bench: Bench) ->
 
 def test_a_silent_frontend_is_reported_to_the_launcher(bench: Bench) -> None:
     silent = bench.frontend_peer()
-    bench.loop.mail.peers.find(silent.socket.getsockopt(zmq.IDENTITY)).last_heard_ns -= 11 * 10**9  # type: ignore
-    bench.loop.next_check_ns = 0
+    fall_silent(bench, silent)
     assert bench.launcher.receive(FrontendStuck).pid == 3
+
+
+def test_a_frontend_that_came_back_under_another_identity_is_not_reported_for_the_old_one(bench: Bench) -> None:
+    old, new = bench.frontend_peer(), bench.frontend_peer()
+    fall_silent(bench, old)
+    while new.stats().frontends == 2:
+        pass
+    bench.launcher.send(Drain())
+    bench.launcher.receive(Drained)
+    assert not any(isinstance(message, FrontendStuck) for message in bench.launcher.inbox)
+
+
+def test_a_scheduler_that_stood_still_takes_nobody_for_silent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = [bench.frontend_peer() for _ in range(8)]
+    for peer in peers:
+        peer.send(Heartbeat(1))  # which nobody has read when the clock jumps
+    now = time.monotonic_ns() + 100 * 10**9
+    monkeypatch.setattr("scheduler.loop.now_ns", lambda: now)
+    bench.loop.keep_house()
+    monkeypatch.undo()
+    assert peers[0].stats().frontends == len(peers)
+
+
+def fall_silent(bench: Bench, peer: Peer) -> None:
+    found = bench.loop.mail.peers.find(peer.socket.getsockopt(zmq.IDENTITY))
+    assert found is not None
+    found.silent_beats = 10
+    bench.loop.next_check_ns = 0
+
+
+def leave(bench: Bench, peer: Peer) -> None:
+    """As one that is killed: the scheduler hears of it when it sends."""
+    identity = peer.socket.getsockopt(zmq.IDENTITY)
+    peer.socket.close(0)
+    for _ in range(LIMIT_MS):
+        if bench.loop.mail.send_to(identity, Draining()) is None:
+            return
+        time.sleep(0.001)
+    raise AssertionError("its connection stays")
+
+
+def test_a_frontend_may_die_with_notices_and_rows_unsent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    dying, living = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for_all(bench, dying.socket.getsockopt(zmq.IDENTITY)))
+    dying.send(admit(1, max_tokens=1000), admit(2, max_tokens=1001), admit(3, max_tokens=10))
+    while bench.loop.state.counters.generation_tokens < 5:
+        bench.turn()
+    found = bench.loop.mail.peers.find(dying.socket.getsockopt(zmq.IDENTITY))
+    assert found is not None and len(found.notices) == 2 and found.outbox
+    monkeypatch.undo()
+    leave(bench, dying)
+    assert living.stats().frontends == 1
+    bench.loop.state.check()
+
+
+def test_a_smaller_cache_ends_the_requests_of_a_frontend_that_is_gone_once(bench: Bench) -> None:
+    bench.answering = False
+    peer, living = bench.frontend_peer(), bench.frontend_peer()
+    peer.send(admit(1, max_tokens=50), admit(2, max_tokens=50))
+    living.send(admit(1, max_tokens=50))
+    assert peer.stats().running + living.stats().running >= 2
+    bench.launcher.send(ExecutorLost(1))
+    living.receive(Paused)
+    leave(bench, peer)
+    bench.plans, bench.results, bench.answering = RingReader(bench.plan_ring), RingWriter(bench.result_ring), True
+    bench.launcher.send(ExecutorHello(PROTOCOL_VERSION, 2, 2, 5))
+    assert living.receive(Rejected).code == "context_length_exceeded"
+    stats = living.stats()
+    assert (stats.frontends, stats.requests_rejected, stats.running + stats.waiting) == (1, 2, 0)
 
 
 def test_invariants_are_told_only_with_debug_endpoints(tmp_path: Path) -> None:

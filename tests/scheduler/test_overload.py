@@ -40,6 +40,27 @@ def test_an_empty_queue_takes_a_prompt_of_any_length() -> None:
         admit(state, 2, prompt=1)
 
 
+def test_requests_that_wait_for_their_grammar_count_too() -> None:
+    state = Pipeline(tiny_config(max_num_queued_tokens=30)).state
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    state.admit(0, Admit(1, pack_tokens([1] * 20), params, grammar="any"))
+    assert (state.load, state.num_waiting_tokens) == ((0, 1, 20), 20)
+    with pytest.raises(OverloadedError, match=r"31 tokens would wait, the limit is 30 \(20 wait\)"):
+        admit(state, 2, prompt=11)
+    state.abort(0, 1)
+    assert state.num_waiting_tokens == 0
+
+
+def test_a_queue_forgets_what_was_aborted_behind_its_head() -> None:
+    state = Pipeline(tiny_config()).state
+    kept = [admit(state, i) for i in range(5)]
+    for i in range(5, 2000):
+        admit(state, i)
+        state.abort(0, i)
+        assert len(state.queue._heap) < 100
+    assert [state.queue.pop() for _ in kept] == kept
+
+
 def later_ones_that_ran_first(pipeline: Pipeline, patient: Request, rival: dict[str, int]) -> int:
     """Runs with a queue that never empties of newer `rival`s until `patient` is done; how many overtook it."""
     state, rivals, overtook = pipeline.state, [patient], set[int]()

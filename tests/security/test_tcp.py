@@ -158,6 +158,12 @@ def test_clients_are_listed_and_unlisted_while_the_engine_runs(
     assert not hears(gate, bob, endpoint)
     shutil.copy(tmp_path / "bob.key", server / "clients" / "bob.key")
     assert hears(gate, bob, endpoint)
+    make_client_keys(server, "carol", tmp_path / "carol")
+    (server / "clients" / "carol.key").rename(tmp_path / "carol.key")
+    assert hears(gate, bob, endpoint)
+    (server / "clients" / "bob.key").write_text((tmp_path / "carol.key").read_text())  # the folder stays as it was
+    assert not hears(gate, bob, endpoint)
+    assert hears(gate, load_client_keys(tmp_path / "carol"), endpoint)
     shutil.rmtree(server / "clients")
     assert not hears(gate, bob, endpoint)
 
