@@ -156,22 +156,30 @@ class FusedDecoder:
             if _row_class(rows) == size
         }
         path = cache_path("decoder", self._head.weight.device, *_KERNELS)
-        known = read_choices(path)
-        is_known = all(self._take(size, known.get(key)) for size, key in keys.items())
-        if self._ranks is not None:
-            is_known = bool(self._ranks.least(is_known))  # timing is done by all of them or by none
-        if is_known:
-            return
+        known, ranks = read_choices(path), self._ranks
+        missing = []
+        for size, key in keys.items():
+            is_known = self._take(size, known.get(key))
+            if not (is_known if ranks is None else ranks.agree(is_known)):  # timing is done by all of them or by none
+                missing.append(size)
+        if missing:
+            measured = self._measure(forward, {size: timed[size] for size in missing})
+            settled = settle_choices(path, known, {keys[size]: asdict(way) for size, way in measured.items()})
+            for size in missing:
+                self._take(size, settled[keys[size]])
+        if ranks is not None:  # each may have found another one the fastest, or read it on another host
+            for size in keys:
+                options = self._options(size)
+                self.ways[size] = options[ranks.least(options.index(self.ways[size]))]
+
+    def _measure(self, forward: Callable[[int], torch.Tensor], rows: dict[int, int]) -> dict[int, Way]:
+        """The fastest way for each class, timed with so many rows; taken already."""
         self.compile_ahead(
-            partial(self._forward_as, way, size, forward, timed[size]) for size in keys for way in self._options(size)
+            partial(self._forward_as, way, size, forward, rows[size]) for size in rows for way in self._options(size)
         )
-        measured = {}
-        for size, key in keys.items():
-            self.ways[size] = way = self._fastest(forward, size, timed[size])
-            measured[key] = asdict(way)
-        settled = settle_choices(path, known, measured)
-        for size, key in keys.items():
-            self._take(size, settled[key])
+        for size in rows:
+            self.ways[size] = self._fastest(forward, size, rows[size])
+        return {size: self.ways[size] for size in rows}
 
     def compile_ahead(self, forwards: Iterable[Callable[[], torch.Tensor]]) -> None:
         """Compile on all cores what these will launch. On one rank only: several wait for each other's rows."""

@@ -77,7 +77,9 @@ class StepGraphs:
         self._unpack, self._forward, self._sample_greedy = unpack, forward, sample_greedy
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._compute = compute
-        self._rows, self._tokens = ladder(limits.max_rows), token_ladder(limits.max_tokens, parameters)
+        # A plan never has more decode rows than its budget of tokens.
+        self._rows = ladder(min(limits.max_rows, limits.max_tokens))
+        self._tokens = token_ladder(limits.max_tokens, parameters)
         rooms = [unpack.room(rows=size, decode=size, prefill=0, tokens=size) for size in self._rows]
         longest = {limits.max_tokens} if full_steps else set()
         rooms += [_mixed_room(unpack, size, limits.max_rows) for size in {*self._tokens, *longest}]

@@ -108,9 +108,9 @@ class Model:
             self.decoder.compile_ahead(partial(self.forward, inputs) for inputs in steps)
 
     @torch.inference_mode()
-    def run_products(self, max_rows: int, max_tokens: int) -> None:
+    def run_products(self, max_logits: int, max_tokens: int) -> None:
         """As `executor.products` has it."""
-        products.run_products(self._module, max_rows, max_tokens)
+        products.run_products(self._module, max_logits, max_tokens)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor:

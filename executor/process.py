@@ -106,7 +106,7 @@ class Executor:
             optimize_model(model) if self._device.type == "cuda" else compile_model(model)
             phases.end("optimize")
         if self._device.type == "cuda":
-            model.run_products(self._limits.max_rows, self._limits.max_tokens)
+            model.run_products(config.result_layout.max_results, self._limits.max_tokens)
             phases.end("products")
         full_step = full_step_plan(self._limits)
         self.num_blocks = choose_num_blocks(config, model, lambda: runner.run_alone(full_step))

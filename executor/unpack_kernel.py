@@ -87,6 +87,8 @@ class Unpack:
         """Inputs for up to so many rows, decode rows, prefill rows and tokens, or for just these rows. Their memory is
         that of all others."""
         every = self._all
+        assert rows <= len(every.row_slot), f"room for {rows} rows, there is memory for {len(every.row_slot)}"
+        assert tokens <= self._max_tokens, f"room for {tokens} tokens, there is memory for {self._max_tokens}"
         return StepInputs(
             num_rows=rows,
             num_decode=decode,

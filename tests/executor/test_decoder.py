@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,14 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
     decoder.ways = default.copy()
     decoder.choose_ways(forward, 40, 1024)
     assert (decoder.ways, len(ran)) == (chosen, times), "the second start reads what the first one measured"
+    decoder.choose_ways(forward, 16, 1024)
+    decoder.choose_ways(forward, 40, 1024)
+    assert len(ran) == times, "what is known of some classes is not measured again for others"
+    # Two ranks, of which the other has found the first option the fastest, whatever this one measured or read.
+    alone, decoder._ranks = decoder._ranks, SimpleNamespace(agree=bool, least=lambda _: 0)  # type: ignore[assignment]
+    decoder.choose_ways(forward, 40, 1024)
+    assert all(decoder.ways[size] == decoder._options(size)[0] for size in (16, 32, 64))
+    decoder._ranks = alone
     file = next((tmp_path / "cache" / "tandem-engine").glob("*.json"))
     file.write_text(file.read_text().replace('"few"', '"former"'))
     decoder.choose_ways(forward, 40, 1024)

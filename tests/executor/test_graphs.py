@@ -93,6 +93,28 @@ def test_replays_gather_the_carry_over_and_leave_other_slots_alone() -> None:
 
 
 @pytest.mark.gpu
+def test_there_are_no_graphs_of_more_decode_rows_than_a_plan_has_tokens() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from executor.unpack_kernel import Unpack
+
+    device, compute = torch.device("cuda"), torch.cuda.Stream()
+    limits = FrameLimits(max_rows=40, max_tokens=10, max_seq_len=64, block_size=4, max_logprobs=0)
+    with torch.inference_mode(), torch.cuda.stream(compute):
+        state = SlotState(limits, device)
+        sampler = Sampler(state.last_token, 97, 0, device)
+
+        def forward(inputs: StepInputs) -> torch.Tensor:
+            assert len(inputs.token_ids) == inputs.num_tokens <= limits.max_tokens
+            return torch.zeros(len(inputs.last_index), 97, device=device)
+
+        StepGraphs(
+            Unpack(state, sampler.tables.params, limits), limits, parameters=1, full_steps=True, compute=compute,
+            forward=forward, sample_greedy=sampler.sample_greedy,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_borrowed_tensor_is_the_same_memory(dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():

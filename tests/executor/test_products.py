@@ -37,7 +37,7 @@ def test_each_kind_of_product_is_run_with_few_and_many_tokens_and_the_head_with_
         return F.linear(x, weight, bias)
 
     monkeypatch.setattr("executor.products.F", type("F", (), {"linear": staticmethod(linear)}))
-    model.run_products(max_rows=20, max_tokens=200)
+    model.run_products(max_logits=20, max_tokens=200)
     hidden, wide = model._module.config.hidden_size, model._module.config.intermediate_size
     kinds = {(10 * 16, hidden), (hidden, 6 * 16), (2 * wide, hidden), (hidden, wide)}
     assert runs.keys() == {*kinds, (model.vocab_size, hidden)}

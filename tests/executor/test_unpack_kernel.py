@@ -233,3 +233,14 @@ def test_inputs_of_nothing_are_padding_alone() -> None:
         assert (inputs.slot_mapping == NULL_BLOCK).all()
         assert inputs.counts.tolist() == ([8, 8] if inputs.decode_only else [0, 0])
     assert torch.equal(state.position, before)
+
+
+def test_there_is_no_room_beyond_the_memory() -> None:
+    from executor.unpack_kernel import Unpack
+
+    state, sampler = random_slots(np.random.default_rng(1))
+    unpack = Unpack(state, sampler.tables.params, LIMITS)
+    with pytest.raises(AssertionError, match=f"room for {LIMITS.max_tokens + 1} tokens"):
+        unpack.room(rows=1, decode=0, prefill=1, tokens=LIMITS.max_tokens + 1)
+    with pytest.raises(AssertionError, match=f"room for {LIMITS.max_rows + 1} rows"):
+        unpack.room(rows=LIMITS.max_rows + 1, decode=0, prefill=1, tokens=LIMITS.max_tokens)
