@@ -44,7 +44,6 @@ class StepInputs:
     last_index: (
         torch.Tensor
     )  # int64 [rows + scores], each row's last token, and each scored one: where logits are wanted
-    row_sample: torch.Tensor  # int32 [rows], 0 = the row ends inside its prompt
     block_table: torch.Tensor  # int32 [slots, max_blocks_per_seq]; indexed by row_slot
     has_exact_rows: bool = True  # the three numbers of rows are what there is, not what there is room for
 
@@ -158,9 +157,8 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
     header = plan.header
     rows, num_decode, num_tokens = header.num_rows, header.num_decode, header.num_tokens
     row_slot = plan.column("row_slot", rows)  # [rows]
-    row_sample = plan.column("row_sample", rows)  # [rows]
     if rows == num_decode:
-        return build_decode_inputs(row_slot, row_sample, state)
+        return build_decode_inputs(row_slot, state)
     device = row_slot.device
     row_slot = row_slot.long()
     query_len = plan.column("row_query_len", rows)  # [rows]
@@ -191,13 +189,12 @@ def build_inputs(plan: StagedPlan, state: SlotState) -> StepInputs:
         query_start=query_start,
         kv_len=kv_len.int(),
         last_index=last_index,
-        row_sample=row_sample,
         block_table=state.block_table,
     )
 
 
-def build_decode_inputs(row_slot: torch.Tensor, row_sample: torch.Tensor, state: SlotState) -> StepInputs:
-    """Inputs of a step of decode rows only, int32 [rows] each; advances their positions. Capturable in a CUDA graph.
+def build_decode_inputs(row_slot: torch.Tensor, state: SlotState) -> StepInputs:
+    """Inputs of a step of decode rows only, int32 [rows]; advances their positions. Capturable in a CUDA graph.
 
     Each row's input token is gathered from `last_token[slot]`: the carry-over, which the host has never seen.
     """
@@ -220,7 +217,6 @@ def build_decode_inputs(row_slot: torch.Tensor, row_sample: torch.Tensor, state:
         query_start=index.int(),
         kv_len=kv_len.int(),
         last_index=index[:rows],
-        row_sample=row_sample,
         block_table=state.block_table,
     )
 

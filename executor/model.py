@@ -317,6 +317,5 @@ def _one_row(tokens: torch.Tensor, start: int, end: int, table: torch.Tensor, bl
         query_start=int32(0, length),
         kv_len=int32(end),
         last_index=torch.tensor([length - 1], device=device),
-        row_sample=int32(1),
         block_table=table,
     )

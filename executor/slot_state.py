@@ -25,11 +25,6 @@ class SlotState:
         # int32 [slots, max_blocks_per_seq]
         self.block_table = torch.full((slots, limits.max_blocks_per_seq), NULL_BLOCK, dtype=torch.int32, device=device)
 
-    @property
-    def num_slots(self) -> int:
-        """Slots, the null slot included."""
-        return len(self.position)
-
     def admit(self, slot: torch.Tensor, computed: torch.Tensor) -> None:
         """Start int64 [admits] slots at position `computed` int32 [admits]."""
         self.position.index_copy_(0, slot, computed.long())

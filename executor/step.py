@@ -143,7 +143,7 @@ class StepRunner:
         def forward(rows: int) -> torch.Tensor:
             state.position[:rows].fill_(context)
             slots = torch.arange(rows, dtype=torch.int32, device=table.device)
-            return model.forward(build_decode_inputs(slots, torch.ones_like(slots), state))
+            return model.forward(build_decode_inputs(slots, state))
 
         model.decoder.choose_ways(forward, limits.max_rows, context)
         table.fill_(NULL_BLOCK)

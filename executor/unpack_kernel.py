@@ -24,7 +24,6 @@ from ipc.frames import FrameLimits, Param, PlanWord
 _BLOCK: Final = 512
 _WARPS: Final = 8
 
-_OFFSETS = tl.constexpr(int(PlanWord.OFFSETS))
 _NUM_ROWS = tl.constexpr(int(PlanWord.NUM_ROWS))
 _NUM_DECODE = tl.constexpr(int(PlanWord.NUM_DECODE))
 _NUM_ADMITS = tl.constexpr(int(PlanWord.NUM_ADMITS))
@@ -36,7 +35,6 @@ _BLOCK_INDEX = tl.constexpr(OFFSET_WORD["block_index"])
 _BLOCK_ID = tl.constexpr(OFFSET_WORD["block_id"])
 _ROW_SLOT = tl.constexpr(OFFSET_WORD["row_slot"])
 _ROW_QUERY_LEN = tl.constexpr(OFFSET_WORD["row_query_len"])
-_ROW_SAMPLE = tl.constexpr(OFFSET_WORD["row_sample"])
 _PREFILL_TOKEN = tl.constexpr(OFFSET_WORD["prefill_token"])
 _PARAMS = tl.constexpr(int(Param.COUNT))
 _COMPUTED = tl.constexpr(int(Param.COMPUTED))
@@ -66,7 +64,6 @@ class Unpack:
             query_start=zeros(rows + 1, torch.int32),
             kv_len=zeros(rows, torch.int32),
             last_index=zeros(rows, torch.int64),
-            row_sample=zeros(rows, torch.int32),
             block_table=state.block_table,
         )
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -79,7 +76,7 @@ class Unpack:
         self._memory = (
             params, state.position, state.last_token, state.block_table,
             every.counts, every.token_ids, every.positions, every.slot_mapping, every.row_slot, every.query_start,
-            every.kv_len, every.last_index, every.row_sample,
+            every.kv_len, every.last_index,
         )  # fmt: skip
         self._sizes = limits.max_blocks_per_seq, state.null_slot, state.block_size, rows.bit_length(), _BLOCK
 
@@ -102,7 +99,6 @@ class Unpack:
             query_start=every.query_start[: rows + 1],
             kv_len=every.kv_len[:rows],
             last_index=every.last_index[:rows],
-            row_sample=every.row_sample[:rows],
             block_table=every.block_table,
             has_exact_rows=has_exact_rows,
         )
@@ -177,7 +173,6 @@ def _unpack_kernel(
     query_start,
     kv_len,
     last_index,
-    row_sample,
     max_blocks,
     null_slot,
     page: tl.constexpr,
@@ -225,8 +220,6 @@ def _unpack_kernel(
         tl.store(query_start + row + 1, stop, mask=inside)
         tl.store(kv_len + row, (computed + length).to(tl.int32), mask=inside)
         tl.store(last_index + row, tl.maximum(stop - 1, 0).to(tl.int64), mask=inside)
-        sample = tl.load(_column(staged, _ROW_SAMPLE) + row, mask=planned, other=0)
-        tl.store(row_sample + row, sample, mask=inside)
         tokens += tl.sum(tl.where(inside, length, 0), 0)
     tl.debug_barrier()
     for start in range(0, token_room, block):

@@ -53,7 +53,12 @@ def load_module(config: EngineConfig, device: torch.device, ranks: Ranks | None)
         raise
     except Exception as error:
         what = "build" if config.random_weights else "load"
-        reason = f"cannot {what} {config.card.path}: {type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if error.args == (probe.SERVE,):  # looked up in a table of its own
+            reason = (
+                "it does not attend through transformers' AttentionInterface (private attention code is not served)"
+            )
+        reason = f"cannot {what} {config.card.path}: {reason}"
         raise ModelError(reason, param="--model") from error
 
 

@@ -78,19 +78,17 @@ class Param(IntEnum):
     """int32 columns of a slot's sampling parameters; those marked f32 hold the bits of a float32."""
 
     COMPUTED = 0  # first position to run: tokens before it are in the KV cache
-    PROMPT_LEN = 1
-    SEED_LOW = 2
-    SEED_HIGH = 3
-    FEATURES = 4  # PlanFlag bits this slot asks for
-    TEMPERATURE = 5  # f32; 0 = greedy
-    TOP_K = 6  # 0 = off
-    TOP_P = 7  # f32; 1 = off
-    MIN_P = 8  # f32; 0 = off
-    REPETITION = 9  # f32; 1 = off
-    PRESENCE = 10  # f32; 0 = off
-    FREQUENCY = 11  # f32; 0 = off
-    NUM_BIAS = 12
-    NUM_LOGPROBS = 13  # -1 = none, 0 = the sampled token only
+    SEED_LOW = 1
+    SEED_HIGH = 2
+    FEATURES = 3  # PlanFlag bits this slot asks for
+    TEMPERATURE = 4  # f32; 0 = greedy
+    TOP_K = 5  # 0 = off
+    TOP_P = 6  # f32; 1 = off
+    MIN_P = 7  # f32; 0 = off
+    REPETITION = 8  # f32; 1 = off
+    PRESENCE = 9  # f32; 0 = off
+    FREQUENCY = 10  # f32; 0 = off
+    NUM_BIAS = 11
     COUNT = 16
 
 
@@ -281,15 +279,3 @@ def read_plan(payload: Bytes) -> Plan:
         num_decode=words[PlanWord.NUM_DECODE],
         **columns,
     )
-
-
-def plan_bytes_used(payload: Bytes) -> int:
-    """Bytes of the packed plan in a slot: what one copy must bring to the device."""
-    return plan_words(payload)[PlanWord.TOTAL_BYTES]
-
-
-def plan_offset(payload: Bytes, column: str) -> tuple[int, int]:
-    """(byte offset, element count of the leading dimension) of one column of a packed plan."""
-    words = plan_words(payload)
-    i = PLAN_COLUMNS.index(column)
-    return words[PlanWord.OFFSETS + i], words[_COLUMNS[i][3]]

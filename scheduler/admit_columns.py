@@ -62,7 +62,6 @@ def _bias_rows(state: SchedulerState, request: Request) -> list[tuple[int, int, 
 def _fill_params(row: Int32, request: Request, computed: int, num_bias: int) -> None:
     params, floats = request.params, row.view(np.float32)
     row[Param.COMPUTED] = computed
-    row[Param.PROMPT_LEN] = request.prompt_len
     row[Param.SEED_LOW : Param.SEED_HIGH + 1] = np.array([params.seed], np.int64).view(np.int32)
     row[Param.FEATURES] = int(request.features)
     floats[Param.TEMPERATURE] = params.temperature
@@ -73,7 +72,6 @@ def _fill_params(row: Int32, request: Request, computed: int, num_bias: int) -> 
     floats[Param.PRESENCE] = params.presence_penalty
     floats[Param.FREQUENCY] = params.frequency_penalty
     row[Param.NUM_BIAS] = num_bias
-    row[Param.NUM_LOGPROBS] = params.logprobs
 
 
 def _history_of(request: Request) -> Int32:

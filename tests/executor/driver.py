@@ -203,7 +203,7 @@ class Driver:
 
 def _params(sequence: Sequence) -> list[int]:
     row = [0] * Param.COUNT
-    for param, value in {**_NEUTRAL, Param.PROMPT_LEN: len(sequence.prompt), **sequence.params}.items():
+    for param, value in {**_NEUTRAL, **sequence.params}.items():
         row[param] = value
     return row
 
@@ -212,4 +212,4 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-_NEUTRAL: Final = {Param.TOP_P: float_bits(1.0), Param.REPETITION: float_bits(1.0), Param.NUM_LOGPROBS: -1}
+_NEUTRAL: Final = {Param.TOP_P: float_bits(1.0), Param.REPETITION: float_bits(1.0)}

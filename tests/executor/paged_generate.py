@@ -94,6 +94,5 @@ def _step(model: Model, rows: list[_Row], lengths: list[int], num_decode: int, t
         query_start=tensor(starts, torch.int32),
         kv_len=tensor([span.stop for span in spans], torch.int32),
         last_index=tensor([start - 1 for start in starts[1:]]),
-        row_sample=tensor([1] * len(rows), torch.int32),
         block_table=table,
     )

@@ -55,12 +55,10 @@ class Row:
 
     def params(self) -> np.ndarray:
         words = np.zeros(Param.COUNT, np.int32)
-        words[Param.PROMPT_LEN] = len(self.prompt)
         words[[Param.SEED_LOW, Param.SEED_HIGH]] = np.array([self.seed], np.uint64).view(np.int32)
         words[Param.FEATURES] = int(self.features)
         words[Param.TOP_K] = self.top_k
         words[Param.NUM_BIAS] = len(self.bias)
-        words[Param.NUM_LOGPROBS] = self.logprobs
         floats = words.view(np.float32)
         for column, value in (
             (Param.TEMPERATURE, self.temperature),

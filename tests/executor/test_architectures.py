@@ -211,6 +211,20 @@ def test_recurrent_model_is_refused(tmp_path: Path) -> None:
         _load_changed(tmp_path, "MambaConfig", {"state_size": 8})
 
 
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("GPTJConfig", {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+        ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    ],
+)
+def test_private_attention_code_is_refused_with_the_reason(
+    config: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"does not attend through .* \(private attention code is not served\)"):
+        _load_changed(tmp_path, config, changes)
+
+
 def test_hybrid_model_names_its_recurrent_layers(tmp_path: Path) -> None:
     changes = {
         "head_dim": 16,

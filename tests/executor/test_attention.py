@@ -100,7 +100,6 @@ def make_case(
         query_start=torch.tensor(starts, dtype=torch.int32, device=device),
         kv_len=kv_len.to(device),
         last_index=torch.tensor(starts[1:], device=device) - 1,
-        row_sample=torch.ones(len(rows), dtype=torch.int32, device=device),
         block_table=table.to(device),
     )
     layer = PagedLayer(spec, caches[0].to(device), caches[1].to(device))
@@ -252,7 +251,6 @@ def with_room(case: Case, rows: int, decode: int, prefill: int, tokens: int) -> 
         query_start=pad(inputs.query_start, rows + 1, inputs.num_tokens),
         kv_len=pad(inputs.kv_len, rows, 0),
         last_index=pad(inputs.last_index, rows, 0),
-        row_sample=pad(inputs.row_sample, rows, 0),
         block_table=table,
         has_exact_rows=False,
     )

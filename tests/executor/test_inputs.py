@@ -45,7 +45,7 @@ def int32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 def random_state(rng: np.random.Generator) -> SlotState:
     state = SlotState(LIMITS, torch.device("cpu"))
-    state.last_token.copy_(torch.from_numpy(rng.integers(0, 500, state.num_slots)))
+    state.last_token.copy_(torch.from_numpy(rng.integers(0, 500, len(state.position))))
     state.position[:-1] = torch.from_numpy(rng.integers(0, 60, LIMITS.max_rows))
     state.block_table.copy_(torch.from_numpy(rng.integers(1, 99, state.block_table.shape)))
     return state
@@ -85,7 +85,7 @@ def check(inputs: StepInputs, want: dict[str, list[int]]) -> None:
         assert getattr(inputs, name).tolist() == values, name
     for name in ("token_ids", "positions", "slot_mapping", "row_slot", "last_index"):
         assert getattr(inputs, name).dtype == torch.int64, name
-    for name in ("query_start", "kv_len", "row_sample", "block_table"):
+    for name in ("query_start", "kv_len", "block_table"):
         assert getattr(inputs, name).dtype == torch.int32, name
 
 
@@ -100,7 +100,6 @@ def test_inputs_match_the_definition(num_decode: int, num_prefill: int) -> None:
         inputs = build_inputs(stage(plan), state)
         check(inputs, want)
         assert inputs.row_slot.tolist() == plan.row_slot.tolist()
-        assert inputs.row_sample.tolist() == plan.row_sample.tolist()
         assert (inputs.num_rows, inputs.num_decode) == (plan.num_rows, plan.num_decode)
         assert (inputs.num_prefill, inputs.num_tokens) == (num_prefill, plan.num_tokens)
         assert inputs.counts.tolist() == [plan.num_rows, plan.num_decode]

@@ -16,7 +16,7 @@ def make_state() -> SlotState:
 
 def test_there_is_one_more_slot_than_rows_and_every_block_is_the_null_block() -> None:
     state = make_state()
-    assert (state.num_slots, state.null_slot) == (4, 3)
+    assert (len(state.position), state.null_slot) == (4, 3)
     assert state.block_table.shape == (4, 3)
     assert bool((state.block_table == NULL_BLOCK).all())
 

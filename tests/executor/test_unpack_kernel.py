@@ -35,7 +35,6 @@ WRITTEN: Final = (
     "query_start",
     "kv_len",
     "last_index",
-    "row_sample",
 )
 VOCAB: Final = 50
 
@@ -123,14 +122,13 @@ def test_inputs_are_those_of_torch_and_the_rest_is_padding(
 def check_planned(inputs: StepInputs, expected: StepInputs) -> None:
     for name in WRITTEN:
         ours, theirs = getattr(inputs, name), getattr(expected, name)
-        assert ours.dtype == (torch.int32 if name == "row_sample" else theirs.dtype), name
+        assert ours.dtype == theirs.dtype, name
         assert ours[: len(theirs)].tolist() == theirs.tolist(), name
 
 
 def check_padding(inputs: StepInputs, expected: StepInputs, null_slot: int) -> None:
     rows, tokens = expected.num_rows, expected.num_tokens
     assert (inputs.row_slot[rows:] == null_slot).all()
-    assert (inputs.row_sample[rows:] == 0).all()
     assert (inputs.positions[tokens:] == 0).all()
     assert (inputs.slot_mapping[tokens:] == NULL_BLOCK).all()
     assert ((inputs.token_ids[tokens:] >= 0) & (inputs.token_ids[tokens:] < VOCAB)).all()

@@ -14,8 +14,8 @@ from ipc.frames import (
     Param,
     Plan,
     PlanFlag,
-    plan_bytes_used,
-    plan_offset,
+    PlanWord,
+    plan_words,
     read_plan,
     write_plan,
 )
@@ -77,14 +77,13 @@ def test_a_plan_keeps_every_column(rows: int, prefill: int, blocks: int, admits:
     plan = random_plan(np.random.default_rng(seed), rows, prefill, blocks, admits, extras)
     payload = np.full(LIMITS.plan_bytes, 0xEE, np.uint8)
     used = write_plan(payload, plan)
-    assert used == plan_bytes_used(payload) <= LIMITS.plan_bytes
+    words = plan_words(payload)
+    assert used == words[PlanWord.TOTAL_BYTES] <= LIMITS.plan_bytes
     copy = read_plan(payload)
     for name in Plan.__slots__:
         np.testing.assert_array_equal(getattr(copy, name), getattr(plan, name), err_msg=name)
-    for name in PLAN_COLUMNS:
-        offset, count = plan_offset(payload, name)
-        column = getattr(plan, name)
-        assert count == len(column)
+    for i, name in enumerate(PLAN_COLUMNS):
+        offset, column = words[PlanWord.OFFSETS + i], getattr(plan, name)
         assert payload[offset : offset + column.nbytes].tobytes() == column.tobytes()
 
 
