@@ -8,6 +8,7 @@ Must never import torch.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from frontend.request import Chunk, Completion, GenerateParams
 from frontend.session import PATIENCE, Patience
 from frontend.tokenizer import Tokenizer
 from ipc.auth import load_client_keys
-from ipc.errors import ModelError, TandemError, UnavailableError
+from ipc.errors import CancelledError, ModelError, TandemError, UnavailableError
 from ipc.schema import Invariants, ModelCard, Stats, Welcome
 
 _log: Final = logging.getLogger(__name__)
@@ -294,6 +295,7 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"tandem {name}", daemon=True)
         self._thread.start()
         self._closed = False
+        self._lock = threading.RLock()  # of `_closed`: the garbage collector may end an iteration within a call
         self._client = client
         try:
             self._call(self._client.connect(timeout_s, wait_ready=True))
@@ -332,16 +334,21 @@ class Client:
 
     def close(self) -> None:
         """Open requests end with CancelledError. May be called twice."""
-        if self._closed:
-            return
-        self._call(self._close())
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True  # no call is scheduled from now on
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _close(self) -> None:
         await self._client.close()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}  # a call that is not ended would wait for ever
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
         await self._loop.shutdown_default_executor()
 
@@ -354,12 +361,15 @@ class Client:
         self.close()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
-            work.close()
-            raise UnavailableError("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise UnavailableError("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError as error:
+            raise CancelledError("the client was closed") from error
         except BaseException:
             future.cancel()
             raise
@@ -370,8 +380,9 @@ class Client:
                 yield chunk
         finally:
             # Not waited for: the garbage collector may run this on the loop's own thread.
-            if not self._closed:
-                asyncio.run_coroutine_threadsafe(chunks.aclose(), self._loop)
+            with self._lock:
+                if not self._closed:
+                    asyncio.run_coroutine_threadsafe(chunks.aclose(), self._loop)
 
 
 async def _next(chunks: AsyncIterator[Chunk]) -> Chunk | None:

@@ -43,7 +43,7 @@ from frontend.openai import (
     prompts_of,
 )
 from frontend.openapi import make_document
-from frontend.request import GenerateParams
+from frontend.request import GenerateParams, check_prompt, prepare
 from frontend.service import Service
 from frontend.shapes import ChatShape, CompletionShape, Echo
 from frontend.tools import parser_for, tool_use
@@ -104,28 +104,39 @@ async def completions(request: AnyRequest) -> AnyResponse:
     service.require_model(asked.model)
     params = _of_tenant(request, completion_params(asked, service.client.card.sampling_defaults))
     prompts = prompts_of(asked)
-    ids = [await _prompt_ids(service, prompt, asked.add_special_tokens is not False) for prompt in prompts]
+    ids = await _prompt_ids(service, prompts, asked.add_special_tokens is not False)
     shape = CompletionShape(
         asked,
         response_id=f"cmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=service.client.card.name,
         prompts=ids,
-        echoes=[_echo(service, *pair) for pair in zip(prompts, ids, strict=True)] if asked.echo else None,
+        echoes=await _echoes(service, prompts, ids, params) if asked.echo else None,
     )
     return await _answer(request, Job(ids, params, shape), stream=bool(asked.stream))
 
 
-async def _prompt_ids(service: Service, prompt: str | list[int], add_special_tokens: bool) -> Sequence[int]:
-    if isinstance(prompt, str):
-        return await service.tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
-    return prompt
+async def _prompt_ids(
+    service: Service, prompts: Sequence[str | list[int]], add_special_tokens: bool
+) -> list[Sequence[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await service.tokenizer.encode_all(texts, add_special_tokens=add_special_tokens) if texts else ())
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _echo(service: Service, prompt: str | list[int], ids: Sequence[int]) -> Echo:
-    tokenizer = service.tokenizer
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
-    return Echo(text, tokenizer.token_text(ids[0]) if ids else "")
+async def _echoes(
+    service: Service, prompts: Sequence[str | list[int]], ids: Sequence[Sequence[int]], params: GenerateParams
+) -> list[Echo]:
+    """What comes before each answer. Raises TandemError for prompts that will be refused, before they are decoded."""
+    card, tokenizer = service.client.card, service.tokenizer
+    for tokens in ids:
+        check_prompt(tokens, card)
+        prepare(params, card, len(tokens))
+    texts = [
+        prompt if isinstance(prompt, str) else await tokenizer.decode_async(prompt, skip_special_tokens=False)
+        for prompt in prompts
+    ]
+    return [Echo(text, tokenizer.token_text(tokens[0])) for text, tokens in zip(texts, ids, strict=True)]
 
 
 @post("/v1/chat/completions")
@@ -153,7 +164,7 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
         model=service.client.card.name,
         prompt=ids,
         tool_parser=tools.parser if tools else None,
-        token_bytes=lambda token, text: tokenizer.bytes_of[token] if tokenizer.byte_level else text.encode(),
+        token_bytes=tokenizer.token_bytes,
     )
     with chat_names(asked):
         return await _answer(request, Job([ids], params, shape), stream=bool(asked.stream))
@@ -181,12 +192,12 @@ async def detokenize(request: AnyRequest) -> AnyResponse:
     service.require_ready()
     service.require_model(asked.model)
     vocab_size = service.client.card.vocab_size
-    for token in asked.tokens:
+    for token in (min(asked.tokens), max(asked.tokens)) if asked.tokens else ():
         if not 0 <= token < vocab_size:
             raise InvalidParameterError(
                 f"token id {token} is out of range: the model has ids 0 to {vocab_size - 1}", param="tokens"
             )
-    return _json({"prompt": service.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
+    return _json({"prompt": await service.tokenizer.decode_async(asked.tokens, skip_special_tokens=False)})
 
 
 def _model_entry(service: Service) -> dict[str, Any]:

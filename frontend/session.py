@@ -123,7 +123,7 @@ class Session:
         self._flights = Flights()
         self._aborts: list[int] = []  # ids the scheduler has still to be told of
         self._stops: list[int] = []  # the same, of those that ended well
-        self._replays: deque[Flight] = deque()  # open sequences it has still to be told of
+        self._unsent: deque[tuple[Flight, bool]] = deque()  # it has still to be told of, and whether as replayed
         self._questions = Questions()
         self.on_fan_out: Callable[[int, int], None] | None = None  # (start, rows), once readers have had their turn
         self._changed = asyncio.Event()
@@ -208,14 +208,19 @@ class Session:
         flights = list(flights)
         for flight in flights:
             self._flights.add(flight, home=self)
-            if self._replays or not self._offer(flight.admit()):
-                self.abort(flights)
-                raise UnavailableError("the scheduler takes no more messages just now")
+        for sent, flight in enumerate(flights):
+            if self._unsent or not self._offer(flight.admit()):
+                if not sent:
+                    self.abort(flights)
+                    raise UnavailableError("the scheduler takes no more messages just now")
+                self._unsent.extend((rest, False) for rest in flights[sent:])  # one request may exceed its socket
+                self._flush()
+                break
 
     def release(self) -> list[Flight]:
         """Give up all that is open here, to be adopted elsewhere."""
         flights = list(self._flights)
-        self._replays.clear()
+        self._unsent.clear()
         self.abort(flights)
         return flights
 
@@ -223,7 +228,7 @@ class Session:
         """Continue sequences that another session released; if this one is away they wait for it."""
         for flight in flights:
             self._flights.add(flight, home=self)
-            self._replays.append(flight)
+            self._unsent.append((flight, True))
         self._flush()
 
     def abort(self, flights: Iterable[Flight], *, stopped: bool = False) -> None:
@@ -315,7 +320,7 @@ class Session:
                 self.connected = True
                 self.draining = False
                 self._aborts, self._stops = [], []
-                self._replays = deque(self._flights)
+                self._unsent = deque((flight, True) for flight in self._flights)
                 self._flush()
         self._notify()
 
@@ -359,17 +364,17 @@ class Session:
     }
 
     def _flush(self) -> None:
-        """Tell the scheduler of sequences to continue and to abort, as much as its socket takes now."""
+        """Tell the scheduler of sequences to take up and to abort, as much as its socket takes now."""
         self._flush_due = False
         if not self.connected:
             return
-        while self._replays:
-            flight = self._replays[0]
-            if flight in self._flights and not self._offer(flight.admit(replay=True)):
+        while self._unsent:
+            flight, replay = self._unsent[0]
+            if flight in self._flights and not self._offer(flight.admit(replay=replay)):
                 self._flush_due = True
                 self._loop.call_later(_RETRY_S, self._flush)
                 return
-            self._replays.popleft()
+            self._unsent.popleft()
         if (self._aborts or self._stops) and self._offer(Abort(self._aborts, self._stops)):
             self._aborts, self._stops = [], []
 
@@ -395,7 +400,7 @@ class Session:
             _log.warning("the scheduler at %s %s; %d open requests wait", self.endpoint, why, len(self._flights))
         self.connected = False
         self._aborts, self._stops = [], []
-        self._replays.clear()
+        self._unsent.clear()
         self._questions.fail(UnavailableError(f"the scheduler at {self.endpoint} {why}"))
         self._link.close()
         self._connect()

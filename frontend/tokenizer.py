@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +23,11 @@ _RESERVED: Final = {
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 LONG_TEXT_CHARS: Final = 4096  # above this, encoding takes long enough (about 1 ms) to leave the event loop
+_LONG_IDS: Final = 4096  # the same of decoding
+_BYTE_PIECE: Final = re.compile("<0x([0-9A-F]{2})>")  # of a tokenizer that falls back to bytes
+
+# A batch is encoded by one thread: more would take the cores of the scheduler and the executor.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -106,23 +113,37 @@ class Tokenizer:
 
         Raises InvalidParameterError, naming the field `param`, for what is no Unicode text.
         """
-        if not isinstance(text, str):
-            raise InvalidParameterError(f"{param} must be a string, got {type(text).__name__}", param=param)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidParameterError(f"{param} must be valid Unicode, got a lone surrogate", param=param) from error
+        _check_text(text, param)
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    async def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[list[int]]:
+        """`encode` of each text, off the event loop when they are long together."""
+        for text in texts:
+            _check_text(text, param)
+        if sum(map(len, texts)) <= LONG_TEXT_CHARS:
+            return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+
+    def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        # Unlike `encode` it lets go of Python's lock, without which another thread is no help to the event loop.
+        return [list(found.ids) for found in self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)]
 
     async def encode_async(self, text: str, **options: Any) -> list[int]:
         """`encode`, off the event loop when the text is long."""
-        if len(text) <= LONG_TEXT_CHARS:
-            return self.encode(text, **options)
-        return await asyncio.to_thread(self.encode, text, **options)
+        return (await self.encode_all([text], **options))[0]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids` as a whole; ids without a text are left out."""
         return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    async def decode_async(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """`decode`, off the event loop when there are many ids."""
+        if len(ids) <= _LONG_IDS:
+            return self.decode(ids, skip_special_tokens=skip_special_tokens)
+        decode_batch = self._backend.decode_batch  # lets go of Python's lock, as `encode_batch`
+        return str((await asyncio.to_thread(decode_batch, [ids], skip_special_tokens=skip_special_tokens))[0])
 
     def render_chat(
         self,
@@ -180,6 +201,22 @@ class Tokenizer:
                 text = self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(before) :]
             self._text_of[token_id] = text
         return text
+
+    def token_bytes(self, token_id: int, text: str) -> bytes:
+        """UTF-8 of one token whose text is `text`; also where it is part of a character."""
+        if self.byte_level:
+            return self.bytes_of[token_id]
+        piece = _BYTE_PIECE.fullmatch(self._backend.id_to_token(token_id) or "")
+        return text.encode() if piece is None else bytes.fromhex(piece[1])
+
+
+def _check_text(text: str, param: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidParameterError(f"{param} must be a string, got {type(text).__name__}", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameterError(f"{param} must be valid Unicode, got a lone surrogate", param=param) from error
 
 
 def new_utf8_decoder() -> codecs.IncrementalDecoder:

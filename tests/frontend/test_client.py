@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from frontend import AsyncClient, Client, Tokenizer
 from ipc.errors import (
     InvalidParameterError,
     ModelError,
+    TandemError,
     UnavailableError,
 )
 from ipc.schema import Abort, Admit, FinishReason, Message, unpack_tokens
@@ -314,6 +316,30 @@ def test_the_sync_client_from_many_threads() -> None:
         for thread in threads:
             thread.join(WAIT_S)
         assert texts == [TEXT] * 8
+
+
+def test_closing_a_sync_client_leaves_no_thread_waiting() -> None:
+    """Threads that go on calling, whatever they are told: each call ends."""
+    with ScriptedScheduler() as scheduler:
+        for _ in range(5):
+            client, refused = Client(scheduler.endpoint, tokenizer=byte_level_tokenizer()), threading.Event()
+
+            def call_on(client: Client = client, refused: threading.Event = refused) -> None:
+                while not refused.is_set():
+                    with contextlib.suppress(TandemError):
+                        client.stats()
+
+            threads = [threading.Thread(target=call_on, daemon=True) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            client.stats()
+            client.close()
+            with pytest.raises(UnavailableError, match="closed"):
+                client.stats()
+            refused.set()
+            for thread in threads:
+                thread.join(WAIT_S)
+                assert not thread.is_alive(), "a call waits for ever"
 
 
 def test_leaving_a_sync_stream_early_aborts() -> None:

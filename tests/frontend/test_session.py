@@ -383,6 +383,34 @@ def test_a_scheduler_that_does_not_read_is_unavailable_and_loses_no_abort() -> N
     with_session(body, heartbeat_s=0.02, heartbeat_limit_s=600)
 
 
+def test_a_request_of_more_sequences_than_its_socket_takes_is_sent_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(scheduler: ScriptedScheduler, session: Session) -> None:
+        offer, room = session._link.offer, [3]
+
+        def narrow(payload: bytes) -> bool:
+            """Takes three messages, and more in the loop's next turn."""
+            if not room[0]:
+                asyncio.get_running_loop().call_soon(room.__setitem__, 0, 3)
+                return False
+            room[0] -= 1
+            return offer(payload)
+
+        monkeypatch.setattr(session._link, "offer", narrow)
+        flights = [flight() for _ in range(20)]
+        session.submit(flights)
+        session.abort(flights[10:11])
+        with pytest.raises(UnavailableError, match="takes no more messages"):
+            session.submit([flight()])  # whoever comes later waits for nobody
+        sent = [each for each in flights if each is not flights[10]]
+        await until(lambda: scheduler.count(Admit) == len(sent))
+        admits = [message for message in scheduler.seen if isinstance(message, Admit)]
+        assert [admit.request_id for admit in admits] == [each.request_id for each in sent]
+        assert not any(admit.replay for admit in admits), "the limits of the queue are for them too"
+        assert session.open_sequences == len(sent)
+
+    with_session(body, heartbeat_s=0.02, heartbeat_limit_s=600)
+
+
 @pytest.mark.parametrize(
     "payload",
     [

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -139,25 +141,43 @@ def test_what_is_no_text_is_refused_by_field() -> None:
     assert caught.value.param == "messages"
 
 
-def test_a_long_text_is_encoded_off_the_loop() -> None:
-    """The loop goes on while a thread encodes: it sets the event that the thread waits for."""
-    import threading
+def turns_during(work: Callable[[Tokenizer], Coroutine[Any, Any, Any]]) -> int:
+    """How often the event loop gets a turn until `work` is done; a thread that keeps Python's lock leaves it none."""
 
-    tokenizer = byte_level_tokenizer()
-    text = "the quick brown fox " * (LONG_TEXT_CHARS // 10)
+    async def main() -> int:
+        turns, task = 0, asyncio.create_task(work(byte_level_tokenizer()))
+        while not task.done():
+            await asyncio.sleep(0)
+            turns += 1
+        task.result()
+        return turns
 
-    class Waiting(Tokenizer):
-        def encode(self, text: str, **options: object) -> list[int]:
-            if len(text) > LONG_TEXT_CHARS:
-                assert loop_ran.wait(10)
-            return super().encode(text, **options)  # type: ignore[arg-type]
+    return asyncio.run(main())
 
-    async def main() -> list[int]:
-        asyncio.get_running_loop().call_soon(loop_ran.set)
-        return await Waiting(byte_level()).encode_async(text)
 
-    loop_ran = threading.Event()
-    assert asyncio.run(main()) == tokenizer.encode(text)
+LONG_TEXT = "the quick brown fox " * 50_000
+
+
+def test_the_loop_goes_on_while_long_texts_are_encoded_and_decoded() -> None:
+    tokenizer, parts = byte_level_tokenizer(), ["the quick brown fox "] * (LONG_TEXT_CHARS // 10)
+    ids = tokenizer.encode(LONG_TEXT)
+    assert turns_during(lambda tokenizer: tokenizer.encode_async(LONG_TEXT)) > 20
+    assert turns_during(lambda tokenizer: tokenizer.encode_all(parts * 100)) > 20
+    assert turns_during(lambda tokenizer: tokenizer.decode_async(ids * 20)) > 20
+    assert asyncio.run(tokenizer.encode_async(LONG_TEXT)) == ids
+    assert asyncio.run(tokenizer.encode_all(parts)) == [tokenizer.encode(part) for part in parts]
+    assert asyncio.run(tokenizer.encode_all(["a b", "c"], add_special_tokens=False)) == [
+        tokenizer.encode(part, add_special_tokens=False) for part in ("a b", "c")
+    ]
+    assert asyncio.run(tokenizer.decode_async(ids)) == tokenizer.decode(ids)
+
+
+def test_tokens_that_are_part_of_a_character_have_its_bytes() -> None:
+    for tokenizer in (byte_level_tokenizer(), sentencepiece_tokenizer()):
+        ids = tokenizer.encode("😀", add_special_tokens=False)
+        assert len(ids) > 1
+        together = b"".join(tokenizer.token_bytes(token, tokenizer.token_text(token)) for token in ids)
+        assert together.decode().strip() == "😀"
 
 
 def test_texts_of_single_tokens() -> None:
