@@ -23,14 +23,18 @@ class _At(Enum):
 
 
 class CallScanner:
-    """One object with a "name" and arguments, which stand under one of `argument_keys`."""
+    """One object with a "name" and arguments, which stand under one of `argument_keys`.
 
-    def __init__(self, *argument_keys: str) -> None:
+    With `needs_arguments` an object without them is no call; else it is a call with `{}`.
+    """
+
+    def __init__(self, *argument_keys: str, needs_arguments: bool = False) -> None:
         self.name: str | None = None
         self.announced = False  # the name is known and the arguments have begun: from here on it is a call
         self.done = False
         self.failed = False
         self._argument_keys = argument_keys
+        self._needs_arguments = needs_arguments
         self._at = _At.START
         self._read: list[str] = []  # everything, until it is announced
         self._key: str | None = None  # None while the key itself is read
@@ -44,7 +48,7 @@ class CallScanner:
 
     @property
     def unannounced(self) -> str:
-        """All that was read, if it never became a call."""
+        """All that was used, if it never became a call."""
         return "" if self.announced else "".join(self._read)
 
     def take_announcement(self) -> bool:
@@ -59,12 +63,14 @@ class CallScanner:
         return text
 
     def push(self, text: str) -> int:
-        """Read on; returns how many characters were used. It stops behind the object, or where it fails."""
+        """Read on; returns how many characters were used. It stops behind the object, or before what makes it fail."""
         for i, char in enumerate(text):
+            self._take(char)
+            if self.failed:
+                return i
             if not self.announced:
                 self._read.append(char)
-            self._take(char)
-            if self.done or self.failed:
+            if self.done:
                 return i + 1
         return len(text)
 
@@ -159,7 +165,7 @@ class CallScanner:
         self._read.clear()
 
     def _finish(self) -> None:
-        if self.name is None:
+        if self.name is None or (self._needs_arguments and not self._has_arguments):
             self.failed = True
             return
         if not self.announced:

@@ -219,7 +219,7 @@ def chat_params(
     _refuse_unsupported(request)
     if request.chat_template is not None:
         raise InvalidParameterError("chat_template is the server's: see its --chat-template", param="chat_template")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidParameterError("top_logprobs needs logprobs to be true", param="top_logprobs")
     values = {**defaults, **_common_params(request)}
     if calls is not None:

@@ -163,9 +163,12 @@ class Replicas:
         if self._told_to_drain:
             raise UnavailableError("the engine is shutting down")
         flights = list(flights)
+        chosen: dict[Session, list[Flight]] = {}
+        for flight in flights:
+            chosen.setdefault(self._choose(flight), []).append(flight)
         try:
-            for flight in flights:
-                self._choose(flight).submit([flight])
+            for session, own in chosen.items():
+                session.submit(own)
         except BaseException:
             self.abort(flights)
             raise

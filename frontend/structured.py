@@ -102,7 +102,11 @@ def of_request(
     asked = [
         spec for spec in (_of_format(response_format), _of_fields(structured_outputs, "structured_outputs")) if spec
     ]
-    asked += [StructuredOutputs(**{name: value}, param=f"guided_{name}") for name, value in guided.items() if value]
+    asked += [
+        StructuredOutputs(**{name: value}, param=f"guided_{name}")
+        for name, value in guided.items()
+        if value is not None
+    ]
     if len(asked) > 1:
         raise InvalidParameterError(f"{asked[0].param} and {asked[1].param} exclude each other", param=asked[1].param)
     return asked[0] if asked else None

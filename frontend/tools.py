@@ -4,7 +4,8 @@ Used by the HTTP server. Pure: parsers are small state machines over the text of
 into pieces gives the same content and the same calls. Nothing that a model writes is lost: what turns out to be no
 call is content.
 
-    hermes       <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, text around them (Qwen, Hermes)
+    hermes       <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, text around them (Qwen, Hermes);
+                 the closing tag may be missing, and so may the arguments
     llama3_json  {"name": ..., "parameters": {...}}, separated by ';', from the first character on (Llama 3)
 """
 
@@ -117,7 +118,7 @@ class HermesParser(_Parser):
 
     def __init__(self) -> None:
         super().__init__()
-        self._closing = False  # after a call, up to its closing tag
+        self._unclosed = False  # the closing tag of the last call has not come; it may be missing
 
     def _step(self, final: bool) -> bool:
         if self._call is not None:
@@ -126,21 +127,23 @@ class HermesParser(_Parser):
             if self._call.failed and not self._call.announced:
                 self._say(_OPEN + self._call.unannounced)
             else:
-                self._closing = True
+                self._unclosed = True
             self._call = None
             return True
-        tag = _CLOSE if self._closing else _OPEN
-        before, found, after = self._buffer.partition(tag)
-        held = "" if found or final else _partial(self._buffer, tag)
-        if not self._closing:
-            self._say(before if found else before[: len(before) - len(held)])
-        self._buffer = after if found else held
-        if not found:
+        tags = (_OPEN, _CLOSE) if self._unclosed else (_OPEN,)
+        tag = min((tag for tag in tags if tag in self._buffer), key=self._buffer.index, default="")
+        if not tag:
+            held = "" if final else max((_partial(self._buffer, tag) for tag in tags), key=len)
+            self._say(self._buffer[: len(self._buffer) - len(held)])
+            self._buffer = held
             return False
-        if self._closing:
-            self._closing = False
-        else:
+        before, _, self._buffer = self._buffer.partition(tag)
+        self._say(before)
+        self._unclosed = False
+        if tag == _OPEN:
             self._call = CallScanner("arguments", "parameters")
+        else:
+            self._blanks = ""  # those before the tag are the call's, not content
         return bool(self._buffer) or final
 
     def _end(self) -> None:
@@ -176,7 +179,8 @@ class Llama3JsonParser(_Parser):
         if not rest:
             return False
         if rest[0] == "{":
-            self._call = CallScanner("parameters", "arguments")
+            # Nothing but the arguments tells a call from an answer in JSON that happens to have a name.
+            self._call = CallScanner("parameters", "arguments", needs_arguments=True)
         else:
             self._is_text = True
         return True

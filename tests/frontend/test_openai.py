@@ -76,6 +76,7 @@ def test_logprobs_of_the_two_apis() -> None:
     assert chat_params(chat(logprobs=True)).logprobs == 0
     assert chat_params(chat(logprobs=True, top_logprobs=3)).logprobs == 3
     assert chat_params(chat(logprobs=False)).logprobs is None
+    assert chat_params(chat(top_logprobs=0)).logprobs is None, "the default may be said"
 
 
 def test_max_completion_tokens_wins() -> None:

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from frontend.openai import MAX_BODY_BYTES
+from frontend.openai import MAX_BODY_BYTES, MAX_PROMPTS
 from tests.e2e.engine import Engine, running_engine, wait_until
 from tests.frontend.model_folder import CONTEXT_TOKENS, VOCAB_SIZE, tiny_model
 from tests.frontend.tokenizers_for_tests import byte_level_tokenizer
@@ -322,6 +322,12 @@ def test_too_long_a_prompt_states_the_numbers_and_is_never_a_stream(http: httpx.
     assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
     expected = f"maximum context length is {CONTEXT_TOKENS} tokens; you requested {CONTEXT_TOKENS + 7} "
     assert error["message"] == expected + f"({CONTEXT_TOKENS} prompt + 7 completion)"
+
+
+def test_as_many_prompts_as_a_request_may_have_are_all_answered(http: httpx.Client) -> None:
+    answer = complete(http, prompt=["a"] * MAX_PROMPTS, max_tokens=2)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(MAX_PROMPTS))
+    assert answer["usage"]["completion_tokens"] == 2 * MAX_PROMPTS
 
 
 def test_one_bad_prompt_of_several_fails_the_request(http: httpx.Client) -> None:

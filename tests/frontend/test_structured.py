@@ -52,6 +52,8 @@ def test_every_way_to_ask_means_the_same() -> None:
         ((None, {"choice": ["yes", 5]}, {}), "structured_outputs"),
         ((FORMAT, {"regex": "a"}, {}), "structured_outputs"),
         ((FORMAT, None, {"regex": "a"}), "guided_regex"),
+        ((FORMAT, None, {"regex": ""}), "guided_regex"),
+        ((None, None, {"choice": []}), "guided_choice"),
     ],
 )
 def test_what_is_not_one_specification_is_refused(asked: tuple[Any, Any, Any], param: str | None) -> None:
@@ -61,6 +63,20 @@ def test_what_is_not_one_specification_is_refused(asked: tuple[Any, Any, Any], p
     with pytest.raises(InvalidParameterError) as caught:
         of_request(*asked)
     assert caught.value.param == param
+
+
+def outcome(asked: StructuredOutputs | None) -> str:
+    """The grammar, or what is said against it."""
+    assert asked is not None, "it was ignored"
+    try:
+        return asyncio.run(asked.compile())
+    except GrammarError as error:
+        return error.message.removeprefix(f"{asked.param}: ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("json", {}), ("json", ""), ("regex", ""), ("grammar", "")])
+def test_an_empty_guided_field_means_what_structured_outputs_means(name: str, value: Any) -> None:
+    assert outcome(of_request(None, None, {name: value})) == outcome(of_request(None, {name: value}, {}))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def parse(parser: ToolParser, pieces: list[str]) -> tuple[str, Calls]:
 
 
 ARGUMENTS = '{"city": "Oslo \\"}{\\u00e9 é", "n": [1, {"a": null}]}'
+F = '<tool_call>{"name": "f", "arguments": {"x": 1}}'
+G = '<tool_call>{"name": "g", "arguments": {}}'
 CASES: list[tuple[str, str, str, Calls]] = [
     ("hermes", "Hello there.\n", "Hello there.\n", []),
     ("hermes", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "", [("f", "{}")]),
@@ -67,8 +69,19 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("hermes", "<tool_call>not json</tool_call> x", "<tool_call>not json</tool_call> x", []),
     ("hermes", '<tool_call>{"nam', '<tool_call>{"nam', []),
     ("hermes", '<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
+    ("hermes", f"{F}\n{G}</tool_call>", "", [("f", '{"x": 1}'), ("g", "{}")]),
+    ("hermes", f"{F}\nHere is the answer: 42.", "\nHere is the answer: 42.", [("f", '{"x": 1}')]),
+    ("hermes", f"{F} trailing\n</tool_call>\nmore", " trailing\nmore", [("f", '{"x": 1}')]),
+    ("hermes", f"{F}\n</tool_call></tool_call>", "</tool_call>", [("f", '{"x": 1}')]),
+    ("hermes", f"{F} </tool_x <tool_call>no</tool_call", " </tool_x <tool_call>no</tool_call", [("f", '{"x": 1}')]),
+    ("hermes", f"{F[:-1]} oops</tool_call>", "oops", [("f", '{"x": 1}')]),
+    ("hermes", f"{F[:-1]}\n{G[:-1]}</tool_call>", "", [("f", '{"x": 1}'), ("g", "{}")]),
+    ("hermes", f"<tool_call>{F}", "<tool_call>", [("f", '{"x": 1}')]),
     ("llama3_json", f'{{"name": "f", "parameters": {ARGUMENTS}}}', "", [("f", ARGUMENTS)]),
-    ("llama3_json", '{"name": "f", "parameters": {}}; {"name": "g"}', "", [("f", "{}"), ("g", "{}")]),
+    ("llama3_json", '{"name": "f", "parameters": {}}; {"name": "g", "parameters": ""}', "", [("f", "{}"), ("g", "{}")]),
+    ("llama3_json", '{"name": "f", "parameters": {}}; {"name": "g"}', '{"name": "g"}', [("f", "{}")]),
+    ("llama3_json", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
+    ("llama3_json", '{"name":"f","parameters":{"x":1} oops more', "oops more", [("f", '{"x":1}')]),
     ("llama3_json", ' \n{"name": "f", "arguments": {"a": 1}}', "", [("f", '{"a": 1}')]),
     ("llama3_json", 'The answer is {"name": "f"}', 'The answer is {"name": "f"}', []),
     ("llama3_json", '{"city": "Oslo"}', '{"city": "Oslo"}', []),
@@ -81,11 +94,27 @@ CASES: list[tuple[str, str, str, Calls]] = [
 def test_texts_become_calls_and_content(kind: str, text: str, content: str, calls: Calls) -> None:
     assert parse(make_parser(kind), [text]) == (content, calls)
     assert parse(make_parser(kind), [*text, ""]) == (content, calls)
+    for cut in range(len(text) + 1):
+        assert parse(make_parser(kind), [text[:cut], text[cut:]]) == (content, calls)
 
 
 PARTS = st.sampled_from(
     [
-        *("<tool_call>", "</tool_call>", "<tool_", "{", "}", '{"name": "f", ', '"arguments": ', '"parameters": ', ";"),
+        *(
+            F,
+            G,
+            F[:-1],
+            "<tool_call>",
+            "</tool_call>",
+            "<tool_",
+            "</tool",
+            "{",
+            "}",
+            '{"name": "f", ',
+            '"arguments": ',
+            '"parameters": ',
+            ";",
+        ),
         *('{"a": "b\\""}', " ", "\n", '"', "\\", "text", '{"name": "f", "arguments": {"a": [1, 2]}}', "[", "]", ","),
     ]
 )
@@ -102,6 +131,20 @@ def test_any_cut_gives_the_same(kind: str, parts: list[str], data: st.DataObject
     assert parse(make_parser(kind), [*text, ""]) == whole
     if not whole[1]:
         assert whole[0] == text, "what is no call is content, to the letter"
+
+
+SEGMENTS = st.sampled_from(
+    [(F, "f"), (G, "g"), (f"{F}\n</tool_call>", "f"), ("some text", ""), ("</tool", ""), ("<t", ""), ("\n", "")]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(SEGMENTS, max_size=8))
+def test_text_and_calls_survive_missing_closing_tags(segments: list[tuple[str, str]]) -> None:
+    content, calls = parse(make_parser("hermes"), [*"".join(text for text, _ in segments), ""])
+    assert [name for name, _ in calls] == [name for _, name in segments if name]
+    said = "".join(text for text, name in segments if not name)
+    assert "".join(content.split()) == "".join(said.split())
 
 
 def test_arguments_stream_as_they_come() -> None:
