@@ -218,7 +218,7 @@ def _open_peers(model: Model, decoder: FusedDecoder) -> None:
     from executor.peer_start import open_peers
 
     if model.ranks is not None:
-        reason = "as asked"
+        reason = "as asked, or on several hosts"
         if model.sums_by_peers:
             decoder.peers, reason = open_peers(model.ranks, decoder.senders)
         model.notes.append(f"sums by NCCL: {reason}" if decoder.peers is None else "sums by peer memory")

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import tempfile
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -82,17 +83,19 @@ def replica_part(
     return part(first, "replica", *others)
 
 
-def frontend_part(options: flags.Options, keys: dict[str, bytes], directory: str, needs: dict[str, float]) -> Part:
-    """An HTTP server that finds the replicas at `directory`."""
+def frontend_part(
+    options: flags.Options, keys: dict[str, bytes], api_keys: bytes, directory: str, needs: dict[str, float]
+) -> Part:
+    """An HTTP server that finds the replicas at `directory` and takes `api_keys`, a file's content; empty: open."""
     files, arguments = _under_keys(keys), [options.model, "--connect", directory]
     arguments += ["--auth-keys", f"{{folder}}/{_KEYS}", "--host", options.host, "--port", str(options.port)]
     for name in ("watchdog_timeout", "shutdown_timeout", "request_timeout", "queue_timeout", "metrics_prefix",
-                 "tool_call_parser", "log_level", "log_format"):  # fmt: skip
+                 "allowed_origins", "tool_call_parser", "log_level", "log_format"):  # fmt: skip
         if (value := getattr(options, name)) is not None:
             arguments += ["--" + name.replace("_", "-"), str(value)]
     if options.isolate_api_keys:
         arguments.append("--isolate-api-keys")
-    if api_keys := _api_keys(options):
+    if api_keys:
         files[_API_KEYS] = api_keys
         arguments += ["--api-key-file", f"{{folder}}/{_API_KEYS}"]
     if options.chat_template is not None:
@@ -119,12 +122,13 @@ def _under_keys(keys: dict[str, bytes]) -> dict[str, bytes]:
     return {f"{_KEYS}/{name}": content for name, content in keys.items()}
 
 
-def _api_keys(options: flags.Options) -> bytes:
+def take_api_keys(options: flags.Options, environment: MutableMapping[str, str]) -> bytes:
+    """The API keys, a key a line; the variable is removed from `environment`, so that no child inherits it."""
     try:
         found = b"" if options.api_key_file is None else Path(options.api_key_file).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {options.api_key_file}: {error.strerror}", param="--api-key-file") from error
-    own = os.environ.get(ENVIRONMENT, "").strip().encode()
+    own = environment.pop(ENVIRONMENT, "").strip().encode()
     return b"\n".join(filter(None, (found, own)))
 
 
@@ -151,11 +155,12 @@ def resources(options: flags.Options, nodes: list[dict[str, Any]]) -> tuple[int,
 class Cluster:
     """The life of one engine on a Ray cluster. `run` returns the launcher's exit code."""
 
-    def __init__(self, ray: Any, options: flags.Options, folder: Path) -> None:
+    def __init__(self, ray: Any, options: flags.Options, api_keys: bytes, folder: Path) -> None:
         self._ray = ray
         self._options = options
         self._folder = folder
         self._keys = make_keys(folder)
+        self._api_keys = api_keys
         self._nodes, self._resources = resources(options, ray.nodes())
         declared = any(_FRONTEND in node["Resources"] for node in ray.nodes() if node["Alive"])
         self._frontend_needs = {_FRONTEND: 1.0} if declared else {"CPU": 1.0}
@@ -256,7 +261,9 @@ class Cluster:
 
     async def _add_frontend(self) -> list[str]:
         """One more frontend, on whatever node has the fewest."""
-        part = frontend_part(self._options, self._keys["frontend"], self._endpoint, self._frontend_needs)
+        part = frontend_part(
+            self._options, self._keys["frontend"], self._api_keys, self._endpoint, self._frontend_needs
+        )
         placed = Placed(self._actor(part, "SPREAD"))
         self._frontends.append(placed)
         return await self._places(placed, self._frontends)
@@ -366,6 +373,7 @@ def serve(options: flags.Options) -> int:
         import ray.util.scheduling_strategies
     except ImportError as error:
         raise ConfigError("ray needs the package ray: pip install 'tandem-engine[ray]'", param="--cluster") from error
+    api_keys = take_api_keys(options, os.environ)
     try:
         _check_reachable(options.ray_address)  # Ray itself would try for minutes
         ray.init(address=options.ray_address, log_to_driver=True)
@@ -373,6 +381,6 @@ def serve(options: flags.Options) -> int:
         raise ConfigError(f"no Ray cluster at {options.ray_address!r}: {error}", param="--ray-address") from error
     try:
         with tempfile.TemporaryDirectory(prefix="tandem-cluster-") as folder:
-            return asyncio.run(Cluster(ray, options, Path(folder)).run())
+            return asyncio.run(Cluster(ray, options, api_keys, Path(folder)).run())
     finally:
         ray.shutdown()

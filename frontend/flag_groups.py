@@ -108,6 +108,11 @@ class FlagParser(argparse.ArgumentParser):
     def find(self, flag: str) -> argparse.Action | None:
         return self._option_string_actions.get(self._aliases.get(flag, flag))
 
+    def negated(self, flag: str) -> str:
+        """The switch that means the opposite of `flag`, which may be an alias and a --no- form itself."""
+        flag = self._aliases.get(flag, flag)
+        return f"--{flag[5:]}" if flag.startswith("--no-") else f"--no-{flag[2:]}"
+
     def closest(self, name: str, cutoff: float = 0.7) -> str | None:
         """The flag that somebody who wrote `name` is likely to have meant."""
         known = [*self._option_string_actions, *self._aliases]
@@ -120,7 +125,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("model_positional", nargs="?", metavar="MODEL", help="same as --model")
     group.add_argument("--model", metavar="MODEL", help="folder with config.json and safetensors, or hub id ORG/NAME")
-    group.add_argument("--served-model-name", metavar="NAME", help="name in the API (default: last part of MODEL)")
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="name in the API (default: the folder's name, or the hub id)"
+    )
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="auto: as the model says"
     )
@@ -229,8 +236,12 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of its memory, for all of the engine",
     )
-    group.add_argument("--enforce-eager", action=_SWITCH, default=False, help="no CUDA graphs, nothing compiled")
-    group.add_argument("--compile", action=_SWITCH, help="compile the decoder layers (default: on CUDA)")
+    group.add_argument("--enforce-eager", action=_SWITCH, default=False, help="no CUDA graphs, and --no-compile")
+    group.add_argument(
+        "--compile",
+        action=_SWITCH,
+        help="fused decoder with tuned products and sums by peer memory, or else compiled layers (default: on CUDA)",
+    )
 
 
 def _api_key(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import yaml
 
+from frontend.digests import ENVIRONMENT
 from frontend.flag_groups import FlagParser
 from ipc.errors import ConfigError
 
@@ -34,7 +35,7 @@ def config_file(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
     return Path(found) if found else None
 
 
-def from_file(path: Path) -> list[str]:
+def from_file(parser: FlagParser, path: Path) -> list[str]:
     """The entries of a YAML file as arguments: `max-num-seqs: 4`, with dashes or underscores. Raises ConfigError."""
     try:
         entries = yaml.safe_load(path.read_text())
@@ -49,17 +50,22 @@ def from_file(path: Path) -> list[str]:
     for name, value in entries.items():
         if isinstance(value, (dict, list)):
             raise ConfigError(f"{path}: {name} holds a {type(value).__name__}, expected one value", param=CONFIG_FLAG)
-        arguments += _argument(f"--{str(name).replace('_', '-')}", value)
+        arguments += _argument(parser, f"--{str(name).replace('_', '-')}", value)
     return arguments
 
 
 def from_environ(parser: FlagParser, environ: Mapping[str, str]) -> list[str]:
     """ENGINE_MAX_NUM_SEQS=4 as --max-num-seqs=4, for every flag and alias of `parser`.
 
-    Other programs may have variables of that prefix; only one that is nearly a flag is a ConfigError.
+    Other programs may have variables of that prefix; only one that is nearly a flag is a ConfigError. The API key is
+    left to digests.py, which takes it out of the environment; an empty one is a ConfigError.
     """
     arguments: list[str] = []
     for variable, text in environ.items():
+        if variable == ENVIRONMENT:
+            if not text.strip():
+                raise ConfigError(f"{variable}: is empty")  # rather than an open service
+            continue
         flag = "--" + variable.removeprefix(_PREFIX).lower().replace("_", "-")
         if not variable.startswith(_PREFIX) or flag in _NO_SETTINGS:
             continue
@@ -72,15 +78,15 @@ def from_environ(parser: FlagParser, environ: Mapping[str, str]) -> list[str]:
         is_switch = action.nargs == 0
         if is_switch and text.lower() not in _TRUE + _FALSE:
             raise ConfigError(f"{variable}: expected true or false, got {text!r}")
-        arguments += _argument(flag, text.lower() in _TRUE if is_switch else text)
+        arguments += _argument(parser, flag, text.lower() in _TRUE if is_switch else text)
     return arguments
 
 
-def _argument(flag: str, value: Any) -> list[str]:
+def _argument(parser: FlagParser, flag: str, value: Any) -> list[str]:
     if value is None:
         return []
     if value is True:
         return [flag]
     if value is False:
-        return [f"--no-{flag[2:]}"]
+        return [parser.negated(flag)]
     return [f"{flag}={value}"]

@@ -163,7 +163,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Opti
     namespace = argparse.Namespace()
     file = config_file(canonical, environ)
     if file is not None:
-        _apply(parser, _wanted(from_file(file)), namespace, f"{file}: ")
+        _apply(parser, _wanted(from_file(parser, file)), namespace, f"{file}: ")
     _apply(parser, _wanted(from_environ(parser, environ)), namespace, "environment: ")
     default_model = getattr(namespace, "model", None)
     _apply(parser, canonical, namespace, "")

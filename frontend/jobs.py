@@ -89,6 +89,7 @@ class Events:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._n = job.params.n
         self._event = job.shape.event
         self._cached_tokens = [0] * len(job.prompts)
         self._completion_tokens = 0
@@ -97,8 +98,8 @@ class Events:
         data = b""
         for chunk in chunks:
             self._completion_tokens += len(chunk.token_ids)
-            if chunk.cached_tokens:
-                self._cached_tokens[chunk.index // self._job.params.n] = chunk.cached_tokens
+            if chunk.index % self._n == 0:  # other choices find what this one has just computed
+                self._cached_tokens[chunk.index // self._n] = chunk.cached_tokens
             data += self._event(chunk.index, chunk)
         return data
 

@@ -127,7 +127,7 @@ async def serve(
     service = Service(client, config)
     app: Any = make_app(service, debug_endpoints=debug_endpoints, trace=trace)
     if config.api_key_digests:
-        app = ApiKeyGuard(app, config.api_key_digests, isolate=config.isolate_api_keys)
+        app = ApiKeyGuard(app, config.api_key_digests, isolate=config.isolate_api_keys, cors=app.cors_config)
     server = _HttpServer(
         uvicorn.Config(
             app,

@@ -179,7 +179,8 @@ async def tokenize(request: AnyRequest) -> AnyResponse:
     if asked.messages is not None:
         ids = await service.tokenizer.encode_chat(messages_of(asked.messages))
     elif asked.prompt is not None:
-        ids = await service.tokenizer.encode_async(asked.prompt, add_special_tokens=asked.add_special_tokens)
+        add_special_tokens = asked.add_special_tokens is not False
+        ids = await service.tokenizer.encode_async(asked.prompt, add_special_tokens=add_special_tokens)
     else:
         raise InvalidParameterError("prompt or messages is needed", param="prompt")
     return _json({"count": len(ids), "max_model_len": service.client.card.max_model_len, "tokens": ids})

@@ -42,13 +42,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     random_seed: int = 0
     trust_remote_code: bool = False
     enforce_eager: bool = False  # no CUDA graphs
-    compile: bool = False  # compile the decoder layers
+    compile: bool = False  # run the fused decoder, or compile the layers
     replica: int | None = None  # which one of several
     ranks: int = 1  # executor processes that share the model: tensor parallel
     nodes: int = 1  # that hold these ranks, as many each; the scheduler is on the first one
     nodes_endpoint: str = ""  # tcp://HOST:PORT of the first node, where the others find the relay
     fake_executor: bool = False  # ranks without a model
-    sums_by_peers: bool = True  # GPUs read each other's rows where that is possible; else NCCL sums them
+    sums_by_peers: bool = True  # GPUs write rows to each other where that is possible; else NCCL sums them
     block_size: int = 16
     num_blocks: int | None = None  # None: profile a full step and take the rest of the memory
     kv_cache_bytes: int | None = None

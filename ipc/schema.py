@@ -7,7 +7,7 @@ columns, because a list of 8k ids costs 200 us and the bytes 0.4 us.
     frontend  -> directory   Hello, Heartbeat, Goodbye    (the launcher's socket; answered with Members)
     launcher  -> directory   Join, Goodbye                (of a replica elsewhere)
     scheduler -> frontend    Welcome, Tokens, Rejected, Stats, Invariants, Draining, Paused
-    directory -> frontend    Members, Draining
+    directory -> frontend    Members, Draining, Rejected
 
 What processes say of their own lives, apart from requests: ipc/control.py.
 """
@@ -179,7 +179,7 @@ class Draining(Message, frozen=True, tag="draining"):
 
 
 class GetStats(Message, frozen=True, tag="get_stats"):
-    """Ask for a Stats message at once; one comes every second anyway while there is work."""
+    """Ask for a Stats message at once; one answers every Heartbeat anyway."""
 
     restart_longest: bool = False  # after the answer, `longest_*` begin anew: for whoever measures a span of time
 

@@ -5,7 +5,6 @@ The frontend's checks are for people; these protect the other requests, so they 
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import numpy as np
@@ -17,6 +16,7 @@ from ipc.schema import MAX_GRAMMAR_CHARS, ModelCard, SamplingParams
 
 _INT32: Final = (-(2**31), 2**31 - 1)
 _INT64: Final = (-(2**63), 2**63 - 1)
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 # field -> inclusive range
 _INT_RANGES: Final = {
@@ -55,8 +55,8 @@ def check_params(params: SamplingParams, card: ModelCard, prompt_len: int) -> No
                 raise InvalidParameterError(
                     f"{name} has token id {token}, the vocabulary is 0..{card.vocab_size - 1}", param=name
                 )
-    if not all(math.isfinite(value) for value in params.logit_bias.values()):
-        raise InvalidParameterError("logit_bias has a value that is not finite", param="logit_bias")
+    if not all(abs(value) <= _FLOAT32_MAX for value in params.logit_bias.values()):
+        raise InvalidParameterError("logit_bias has a value that is no finite float32", param="logit_bias")
     bias = len(params.logit_bias) + len(forbidden_ids(params, card))
     if bias > MAX_BIAS:
         raise InvalidParameterError(f"{bias} biased and stop tokens, the limit is {MAX_BIAS}", param="logit_bias")

@@ -37,7 +37,7 @@ def take_invariants(state: SchedulerState, peers: PeerTable, plans: Ring, result
         "free + owned blocks are not the total": found.blocks_free + owned == found.blocks_total,
         "more blocks cached than free": cached <= found.blocks_free,
         "the last plan is not the one published": state.seq == plans.head,
-        "an executor holds plans that are not in flight": plans.head - plans.acked <= plans.slots,
+        "an executor is more than a lap of the plan ring behind": plans.head - plans.acked <= plans.slots,
         "results are behind": results.head - results.acked <= results.slots,
         "a request has no frontend": all(peers.get(request.peer) is not None for request in state.requests.values()),
         "blocks are owned by no one": bool(len(slots.running)) or owned == 0,

@@ -1,6 +1,6 @@
 """The scheduler's loop: results in, next plan out, then everything else, in the shadow of the running step.
 
-One thread. It sleeps in one poll over the result bell and the two sockets, and plans whenever fewer than `depth` plans
+One thread. It sleeps in one poll over its bells and sockets, and plans whenever fewer than `depth` plans
 are in flight. Messages are taken in small helpings, so a burst of arrivals cannot delay the next plan.
 
 A scheduler that replaces a dead one finds the rings as they were. It goes on counting where the plan ring stands, waits

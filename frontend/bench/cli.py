@@ -64,11 +64,25 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"argument --{name.replace('_', '-')}: must be above 0, got {value:g}")
     if not isinstance(options.extra_body, dict):
         parser.error("argument --extra-body: expected a JSON object")
+    if options.json is not None:
+        _check_writable(parser, "--json", options.json)
     if options.report is not None:
         if options.report.suffix not in (".png", ".html"):
             parser.error(f"argument --report: expected a name that ends in .png or .html, got {options.report}")
         if importlib.util.find_spec("matplotlib") is None:
             parser.error("argument --report: needs matplotlib: pip install 'tandem-engine[plot]'")
+        _check_writable(parser, "--report", options.report)
+
+
+def _check_writable(parser: argparse.ArgumentParser, flag: str, path: Path) -> None:
+    """Known before the load rather than after it; a file that is there keeps its content, none is left behind."""
+    is_new = not os.path.lexists(path)
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        parser.error(f"argument {flag}: cannot write {path}: {error.strerror}")
+    if is_new:
+        path.unlink()
 
 
 def _first_model(url: str, api_key: str | None) -> str:

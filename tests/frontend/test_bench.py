@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from frontend.bench import cli
 from frontend.bench.load import Answer
 from frontend.bench.report import Slo, summarize
 from frontend.bench.workloads import LOADS, with_arrivals
@@ -48,3 +51,31 @@ def test_the_numbers_of_two_answers_and_a_failure() -> None:
     assert summary.tpot_ms is not None and summary.tpot_ms.mean == pytest.approx(100)
     assert summary.itl_ms is not None and summary.itl_ms.p50 == pytest.approx(150)
     assert summary.e2e_ms is not None and summary.e2e_ms.max == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--report"])
+def test_a_file_that_cannot_be_written_is_known_before_the_load(
+    tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name)  # matplotlib is an optional part
+    monkeypatch.setattr(cli, "_target", lambda options: pytest.fail("the server was asked"))
+    path = tmp_path / "no" / "such" / "folder.html"
+    with pytest.raises(SystemExit) as ended:
+        cli.main([flag, str(path)])
+    assert ended.value.code == 2
+    assert f"argument {flag}: cannot write {path}: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_load_that_fails_leaves_the_files_as_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(options: object) -> None:
+        raise OSError("no server")
+
+    monkeypatch.setattr(cli, "_target", refuse)
+    before, new = tmp_path / "before.json", tmp_path / "new.json"
+    before.write_text("{}")
+    assert [cli.main(["--json", str(path)]) for path in (before, new)] == [1, 1]
+    assert "no server" in capsys.readouterr().err
+    assert before.read_text() == "{}"
+    assert not new.exists()

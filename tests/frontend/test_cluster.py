@@ -18,8 +18,9 @@ import httpx
 import psutil
 import pytest
 
-from frontend import flags
-from frontend.cluster import frontend_part, make_keys, replica_part, resources
+from frontend import flag_groups, flags
+from frontend.cluster import frontend_part, make_keys, replica_part, resources, take_api_keys
+from frontend.digests import collect_digests, digest
 from frontend.host import write_private
 from ipc.auth import load_client_keys, load_server_keys
 from ipc.errors import ConfigError
@@ -160,7 +161,7 @@ def test_keys_are_told_to_whom_they_are_for_and_lie_in_private_files(tmp_path: P
     assert secrets["engine"] == {"server.key_secret"}
     options = options_of()
     replica = replica_part(options, keys, "tcp://d:1", 1, {})
-    frontend = frontend_part(options, keys["frontend"], "tcp://d:1", {})
+    frontend = frontend_part(options, keys["frontend"], b"sk-1", "tcp://d:1", {})
     for part in (replica, frontend):
         folder = tmp_path / part.program
         write_private(folder, part.files)
@@ -183,6 +184,43 @@ def test_what_a_replica_is_told_is_what_the_launcher_was_told(tmp_path: Path) ->
         options, cluster=None, max_replicas=None, frontends=0, join="tcp://d:1", port=0,
         frontend_endpoint="tcp://node:0", auth_keys=str(tmp_path / "node" / "keys"),
     )  # fmt: skip
+
+
+def test_every_flag_that_a_frontend_understands_is_told_to_it_or_means_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-file")
+    (tmp_path / "template").write_text("{{ messages }}")
+    files = {"api_key_file": str(tmp_path / "keys"), "chat_template": str(tmp_path / "template")}
+    values = {"watchdog_timeout": 7.0, "shutdown_timeout": 8.0, "request_timeout": 9.0, "queue_timeout": 10.0,
+              "allowed_origins": "https://a.example,*", "metrics_prefix": "vllm", "tool_call_parser": "hermes",
+              "log_level": "debug", "log_format": "json"}  # fmt: skip
+    parser = flag_groups.FlagParser()
+    flag_groups.http_flags(parser)
+    flag_groups.log_flags(parser)
+    # --api-key is refused with --cluster, and --enable-auto-tool-choice means nothing.
+    untold = {"api_key": [], "enable_auto_tool_choice": True}
+    assert vars(parser.parse_args([])).keys() == {*files, *values, *untold, "isolate_api_keys"}
+
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in (values | files).items()]
+    options = options_of("--isolate-api-keys", *given)
+    part = frontend_part(options, {}, take_api_keys(options, {}), "tcp://d:1", {})
+    write_private(tmp_path / "node", part.files)
+    told, _ = parser.parse_known_args([text.format(address="", folder=tmp_path / "node") for text in part.arguments])
+    assert all(Path(getattr(told, name)).read_text() == Path(path).read_text() for name, path in files.items())
+    assert {k: v for k, v in vars(told).items() if k not in files} == values | untold | {"isolate_api_keys": True}
+
+
+def test_frontends_take_the_key_of_the_launchers_environment_and_nobody_inherits_it(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-file\n")
+    environ = {"ENGINE_API_KEY": "sk-environment"}
+    argv = ["m", "--cluster", "ray", "--api-key-file", str(tmp_path / "keys")]
+    options = flags.parse(argv, environ)
+    part = frontend_part(options, {}, take_api_keys(options, environ), "tcp://d:1", {})
+    assert environ == {}
+    write_private(tmp_path / "node", part.files)
+    told = dict(zip(part.arguments, part.arguments[1:], strict=False))["--api-key-file"]
+    known = collect_digests((), told.format(folder=tmp_path / "node"), {})
+    assert known == (digest("sk-file"), digest("sk-environment"))
+    assert not [text for text in (*part.arguments, repr(part), flags.as_yaml(options)) if "sk-" in text]
 
 
 def test_ranks_are_on_as_few_nodes_as_have_gpus_for_them() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from frontend import flags, launch, model_files
+from frontend.digests import collect_digests, digest
 from frontend.openai import ChatRequest, CompletionRequest, chat_params, completion_params
 from ipc.errors import ConfigError, ModelError
 from ipc.logs import LogConfig, configure_logs, configure_news
@@ -36,6 +37,33 @@ def test_other_engines_names_work_in_a_file_too(tmp_path: Path) -> None:
     )
     options = flags.parse(["m", f"--config={file}"])
     assert (options.block_size, options.pipeline_depth, options.enable_prefix_caching) == (8, 1, False)
+
+
+SWITCHES = {name: target for name, target in flags.ALIASES.items() if target[2:5] == "no-" or "eager" in target}
+
+
+@pytest.mark.parametrize("switch", [*SWITCHES, "--no-enable-prefix-caching"])
+def test_a_switch_that_is_false_means_the_opposite_whatever_its_name(tmp_path: Path, switch: str) -> None:
+    target = SWITCHES.get(switch, switch)
+    opposite = "--" + target[5:] if target.startswith("--no-") else "--no-" + target[2:]
+    variable = "ENGINE_" + switch[2:].replace("-", "_").upper()
+    file = write(tmp_path / "c.yaml", f"model: m\n{switch[2:]}: false\n")
+    on, off = flags.parse(["m", target]), flags.parse(["m", opposite])
+    assert on != off
+    assert flags.parse(["--config", file]) == flags.parse(["m"], {variable: "0"}) == off
+    assert flags.parse(["--config", file], {variable: "1"}) == on
+
+
+def test_the_key_of_the_environment_is_good_once_and_no_option() -> None:
+    environ = {"ENGINE_API_KEY": "sk-environment\n"}
+    options = flags.parse(["m", "--api-key", "sk-flag"], environ)
+    known = collect_digests(options.api_key, options.api_key_file, environ)
+    assert known == (digest("sk-flag"), digest("sk-environment"))
+    assert "sk-" not in repr(options)
+    assert environ == {}
+    for nothing in ("", " \n"):
+        with pytest.raises(ConfigError, match="ENGINE_API_KEY: is empty"):
+            flags.parse(["m"], {"ENGINE_API_KEY": nothing})
 
 
 @pytest.mark.parametrize(

@@ -405,6 +405,8 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
     assert answer["tokens"] == byte_level_tokenizer().encode("the end")
     assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), CONTEXT_TOKENS)
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "the end"}
+    assert http.post("/tokenize", json={"prompt": "the end", "add_special_tokens": None}).json() == answer
+    assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
     assert http.post("/detokenize", json={"tokens": [-1]}).status_code == 400
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
     assert chat["count"] > 3

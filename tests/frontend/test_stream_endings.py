@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
-from frontend.jobs import EventStream, Job
-from frontend.openai import CompletionRequest
+from frontend.jobs import EventStream, Job, run_whole
+from frontend.openai import CompletionRequest, StreamOptions
 from frontend.request import Chunk, GenerateParams
 from frontend.shapes import CompletionShape
 from ipc.errors import UnavailableError
 from tests.frontend.test_server import WAIT_S, events
 
 
-class _ChunksThen:
-    """Two chunks, with `error` between them if there is one."""
+class _Source:
+    """These chunks, one at a time; an exception among them is raised."""
 
-    def __init__(self, error: Exception | None) -> None:
-        self._parts = [Chunk(0, "b", (2,), None, None, None, 0), error or Chunk(0, "c", (3,), "stop", None, None, 0)]
+    def __init__(self, *parts: Chunk | Exception) -> None:
+        self._parts = list(parts)
         self.closed = False
 
     async def chunks(self) -> list[Chunk]:
@@ -32,11 +33,20 @@ class _ChunksThen:
         self.closed = True
 
 
-def _run_stream(source: _ChunksThen, *, leave: bool = False) -> tuple[str, bool]:
+def _chunks_then(error: Exception | None) -> _Source:
+    """Two chunks, with `error` between them if there is one."""
+    return _Source(Chunk(0, "b", (2,), None, None, None, 0), error or Chunk(0, "c", (3,), "stop", None, None, 0))
+
+
+def _job(*prompts: list[int], n: int = 1) -> Job:
+    request = CompletionRequest(prompt="x", stream=True, stream_options=StreamOptions(include_usage=n > 1))
+    shape = CompletionShape(request, response_id="cmpl-1", created=1, model="m", prompts=prompts, echoes=None)
+    return Job(prompts, GenerateParams(n=n), shape)
+
+
+def _run_stream(source: _Source, *, job: Job | None = None, leave: bool = False) -> tuple[str, bool]:
     """What is sent for "a" and then `source`, and whether `source` was closed."""
-    request = CompletionRequest(prompt="x", stream=True)
-    shape = CompletionShape(request, response_id="cmpl-1", created=1, model="m", prompts=[[1]], echoes=None)
-    job = Job([[1]], GenerateParams(), shape)
+    job = job or _job([1])
     sent: list[dict[str, Any]] = []
 
     async def main() -> None:
@@ -59,7 +69,7 @@ def _run_stream(source: _ChunksThen, *, leave: bool = False) -> tuple[str, bool]
 
 
 def test_a_whole_stream_ends_with_done() -> None:
-    body, closed = _run_stream(_ChunksThen(None))
+    body, closed = _run_stream(_chunks_then(None))
     parts = events(body)
     assert [part["choices"][0]["text"] for part in parts[:-1]] == ["a", "b", "c"]
     assert parts[-1] == "[DONE]"
@@ -76,7 +86,7 @@ def test_a_whole_stream_ends_with_done() -> None:
 def test_a_failure_after_200_is_an_error_event_without_finish_or_done(
     error: Exception, message: str, code: str
 ) -> None:
-    body, closed = _run_stream(_ChunksThen(error))
+    body, closed = _run_stream(_chunks_then(error))
     *parts, last = events(body)
     assert [part["choices"][0]["finish_reason"] for part in parts] == [None, None]
     assert (last["error"]["message"], last["error"]["code"]) == (message, code)
@@ -85,6 +95,22 @@ def test_a_failure_after_200_is_an_error_event_without_finish_or_done(
 
 
 def test_a_client_that_leaves_closes_the_source() -> None:
-    body, closed = _run_stream(_ChunksThen(None), leave=True)
+    body, closed = _run_stream(_chunks_then(None), leave=True)
     assert "DONE" not in body
     assert closed
+
+
+def test_a_stream_reports_the_cached_tokens_that_the_whole_answer_does() -> None:
+    """Those of the first choice of each prompt, whichever comes first."""
+    cached = {1: 176, 0: 0, 3: 32, 2: 16}
+    ends = [Chunk(index, "c", (3,), "stop", None, None, tokens) for index, tokens in cached.items()]
+    job = _job([1], [2], n=2)
+
+    class Client:
+        async def start(self, *_: Any, whole: bool) -> _Source:
+            return _Source(*ends)
+
+    whole = json.loads(asyncio.run(run_whole(Client(), job)))  # type: ignore[arg-type]
+    *_, last, done = events(_run_stream(_Source(*ends), job=job)[0])
+    assert done == "[DONE]"
+    assert whole["usage"]["prompt_tokens_details"] == last["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}

@@ -233,6 +233,7 @@ def test_impossible_requests_are_refused_with_both_numbers() -> None:
         {"logprobs": 99},
         {"seed": 2**63},
         {"logit_bias": {99: 1.0}},
+        {"logit_bias": {1: 1e300}},
         {"repetition_penalty": 0.0},
         {"prompt_logprobs": 5},
     ):

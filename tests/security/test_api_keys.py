@@ -93,7 +93,10 @@ def test_a_browser_lets_only_pages_of_listed_origins_call(service: Service, orig
     headers = {"origin": origin, "authorization": f"Bearer {FILE_KEY}"}
     stream = service.http.post("/v1/completions", json=body, headers=headers)
     assert stream.text.endswith("data: [DONE]\n\n")
-    for answer in (permission, stream):
+    refused = service.http.get("/v1/models", headers={"origin": origin})
+    assert refused.status_code == 401
+    assert refused.headers.get("access-control-expose-headers") == (told and "x-request-id")
+    for answer in (permission, stream, refused):
         assert answer.headers.get("access-control-allow-origin") == told
     assert permission.is_success == (told is not None)
 
