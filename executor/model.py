@@ -193,7 +193,9 @@ def optimize_model(model: Model) -> None:
 
     Either is checked against the model's own logits; what fails the check is served as it was.
     """
-    from executor.attention.triton import TritonBackend  # Triton is not there on a machine without CUDA
+    from triton.runtime.errors import OutOfResources  # Triton is not there on a machine without CUDA
+
+    from executor.attention.triton import TritonBackend
     from executor.decoder import FusedDecoder
     from executor.recognition import NotRecognizedError, recognize
 
@@ -208,7 +210,7 @@ def optimize_model(model: Model) -> None:
             check_paging(model, share=_FUSED_SHARE)
         decoder.tune()
         model.notes.append("fused decoder")
-    except (NotRecognizedError, ModelError) as error:
+    except (NotRecognizedError, ModelError, OutOfResources) as error:  # the last: a GPU with less shared memory
         model.decoder = None
         model.notes.append(f"no fused decoder: {error}")
         compile_model(model)

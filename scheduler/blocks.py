@@ -83,6 +83,14 @@ class BlockPool:
             self.block_of[digest] = block
             self.hash_of[block] = digest
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody finds the content of these blocks any more; their owners keep them."""
+        for block in blocks:
+            digest = self.hash_of[block]
+            if digest is not None:
+                self.hash_of[block] = None
+                del self.block_of[digest]
+
     def find_prefix(self, digests: Iterable[bytes]) -> list[int]:
         """Blocks of the longest known prefix of a hash chain."""
         blocks = []

@@ -132,6 +132,8 @@ class SchedulerState:
 
     def complete(self, request: Request, reason: FinishReason) -> None:
         """A request came to its own end."""
+        if reason is FinishReason.INVALID_LOGITS and request.state is State.RUNNING:
+            self._forget_blocks(request.slot)
         self.finish(request)
         self.counters.requests_finished[reason.name.lower()] += 1
         if reason is not FinishReason.INVALID_LOGITS:
@@ -227,6 +229,12 @@ class SchedulerState:
             for index in range(first, last):
                 self.pool.register(int(slots.block_table[slot, index]), request.chain[index])
             slots.registered[slot] = last
+
+    def _forget_blocks(self, slot: int) -> None:
+        """Nobody is to find what a row has computed that came to NaN: its keys and values may be wrong already."""
+        slots = self.slots
+        self.pool.forget(slots.block_table[slot, : slots.num_blocks[slot]].tolist())
+        slots.registered[slot] = self.limits.max_blocks_per_seq
 
     def register_new_blocks(self) -> None:
         """`register_blocks` for every slot that has a new full block; runs in the shadow of a step."""

@@ -101,3 +101,24 @@ def test_the_choice_of_kernels_never_runs_more_rows_than_a_step_may_have(
     file.write_text(file.read_text().replace('"few"', '"former"'))
     decoder.choose_ways(forward, 40, 1024)
     assert (decoder.ways, len(ran)) == (chosen, 2 * times), "what cannot be read is measured anew"
+
+
+def test_a_gpu_that_its_kernels_do_not_fit_goes_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from executor import decoder as decoder_module
+    from executor import model as model_module
+
+    def too_much(*_: object) -> None:
+        raise OutOfResources(102_400, 101_376, "shared memory")
+
+    save_model(tmp_path, ARCHITECTURES["llama"][0], ARCHITECTURES["llama"][1] | WIDER)
+    model = fused_model(tmp_path)
+    compiled: list[object] = []
+    monkeypatch.setattr(decoder_module.FusedDecoder, "forward", too_much)
+    monkeypatch.setattr(decoder_module, "DTYPES", (model.dtype,))
+    monkeypatch.setattr(model_module, "compile_model", compiled.append)
+    model_module.optimize_model(model)
+    assert model.decoder is None
+    assert compiled == [model]
+    assert "no fused decoder: out of resource: shared memory" in model.notes[-1]

@@ -219,6 +219,26 @@ def test_nan_logits_fail_one_request_alone() -> None:
     assert pipeline.outcomes[2].tokens == sequential_oracle(LONG, 4)
 
 
+def test_nobody_finds_what_a_row_computed_that_came_to_nan() -> None:
+    pipeline = Pipeline(tiny_config(num_blocks=40, pipeline_depth=1))
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    pipeline.admit(1, prompt, max_tokens=4)
+    for _ in range(2):  # its prompt is in the prefix index when it fails
+        pipeline.plan()
+        pipeline.run()
+        if pipeline.state.slots.known[0] > len(prompt):
+            pipeline.done[0].token[0] = INVALID_TOKEN
+        pipeline.retire()
+    assert pipeline.outcomes[1].finish is FinishReason.INVALID_LOGITS
+    pipeline.admit(2, prompt, max_tokens=2)
+    pipeline.drain()
+    assert [cached for _, _, cached in pipeline.state.started] == [0, 0]
+    assert pipeline.outcomes[2].tokens == sequential_oracle(prompt, 2)
+    pipeline.admit(3, prompt, max_tokens=2)
+    pipeline.drain()
+    assert pipeline.state.started[-1][2] == 8, "what was computed again is found"
+
+
 def test_impossible_requests_are_refused_with_both_numbers() -> None:
     pipeline = Pipeline(tiny_config(num_blocks=5, max_num_queued_reqs=1))
     with pytest.raises(ContextLengthError, match=r"16 tokens; you requested 30 \(20 prompt \+ 10 completion\)"):
