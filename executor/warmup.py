@@ -53,6 +53,19 @@ def full_step_plan(limits: FrameLimits) -> Plan:
     return plan
 
 
+def _tables_plan(tokens: int, limits: FrameLimits) -> Plan:
+    """A prompt, and what only some requests bring: bias, a history, scores. All of it is 0 and for the null slot, which
+    stays as it was."""
+    plan = synthetic_plan([tokens], 0, PlanFlag.BIAS | PlanFlag.PENALTY | PlanFlag.LOGPROBS)
+    null, zero = np.array([limits.max_rows], np.int32), np.zeros(1, np.int32)
+    plan.admit_slot, plan.admit_params = null, np.zeros((1, Param.COUNT), np.int32)
+    plan.bias_slot, plan.bias_index, plan.bias_token = null, zero, zero
+    plan.bias_value, plan.bias_until = np.zeros(1, np.float32), zero
+    plan.history_slot, plan.history_token, plan.history_count = null, zero, zero
+    plan.score_index, plan.score_token = zero, zero
+    return plan
+
+
 def warmup_plans(limits: FrameLimits) -> list[Plan]:
     """Prefill, mixed and decode steps with every stage of the sampler and without; 1, 3 and 16 rows, as Triton compiles
     kernels anew for numbers that are 1 or divisible by 16. Longer chunks too, and as many decode rows as there may be:
@@ -72,10 +85,14 @@ def warmup_plans(limits: FrameLimits) -> list[Plan]:
     ]
     rows = min(limits.max_rows, limits.max_tokens - long)
     crowds = [([1] * rows, rows), ([1] * (rows - 1) + [long], rows - 1)] if rows > 1 else []
-    return [
-        synthetic_plan(query_lens, num_decode, prepare | choice)
-        for query_lens, num_decode in shapes
-        if len(query_lens) <= limits.max_rows and sum(query_lens) <= limits.max_tokens
-        for prepare in (PlanFlag.NONE, PlanFlag.BIAS | PlanFlag.PENALTY | PlanFlag.LOGPROBS)
-        for choice in (PlanFlag.NONE, PlanFlag.SAMPLE, PlanFlag.SAMPLE | PlanFlag.FILTER)
-    ] + [synthetic_plan(query_lens, num_decode, PlanFlag.NONE) for query_lens, num_decode in crowds]
+    return (
+        [_tables_plan(chunk, limits)]
+        + [
+            synthetic_plan(query_lens, num_decode, prepare | choice)
+            for query_lens, num_decode in shapes
+            if len(query_lens) <= limits.max_rows and sum(query_lens) <= limits.max_tokens
+            for prepare in (PlanFlag.NONE, PlanFlag.BIAS | PlanFlag.PENALTY | PlanFlag.LOGPROBS)
+            for choice in (PlanFlag.NONE, PlanFlag.SAMPLE, PlanFlag.SAMPLE | PlanFlag.FILTER)
+        ]
+        + [synthetic_plan(query_lens, num_decode, PlanFlag.NONE) for query_lens, num_decode in crowds]
+    )

@@ -16,7 +16,7 @@ from executor.inputs import PlanHeader, StagedPlan, StepInputs, build_inputs
 from executor.sampler import Sampler
 from executor.slot_state import SlotState
 from executor.step import StepRunner
-from executor.warmup import synthetic_plan
+from executor.warmup import synthetic_plan, warmup_plans
 from ipc.frames import INVALID_TOKEN, NULL_BLOCK, FrameLimits, PlanFlag, write_plan
 from ipc.results import RESULT_HEADER_BYTES, ResultLayout
 
@@ -84,6 +84,25 @@ def test_only_a_greedy_step_leaves_the_choice_to_its_graph(
     runner._graphs = Graphs(state)  # type: ignore[assignment]
     assert run(runner, flags, 3, poison)["token"] == token
     assert state.last_token[:3].tolist() == carried
+
+
+def test_warming_up_leaves_the_state_and_the_samplers_tables_as_they_were() -> None:
+    state = SlotState(LIMITS, torch.device("cpu"))
+    sampler = Sampler(state.last_token, VOCAB, 3, "cpu")
+    scored: list[int] = []
+
+    def forward(inputs: StepInputs) -> torch.Tensor:
+        scored.append(len(inputs.last_index) - inputs.num_rows)
+        return torch.zeros(len(inputs.last_index), VOCAB)
+
+    runner = StepRunner(SimpleNamespace(forward=forward), sampler, state, LIMITS, LAYOUT)  # type: ignore[arg-type]
+    tables = (state.position, state.block_table, sampler.tables.params, sampler.tables.bias_until)
+    before = [table.clone() for table in tables]
+    for plan in warmup_plans(LIMITS):
+        runner.run_alone(plan)
+    assert sorted(set(scored)) == [0, 1]
+    assert all(torch.equal(*pair) for pair in zip(tables, before, strict=True))
+    assert not sampler.tables.token_counts.any()
 
 
 def run(runner: StepRunner, flags: PlanFlag, rows: int, poison: bool = False) -> dict[str, list[float]]:
