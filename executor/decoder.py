@@ -148,15 +148,15 @@ class FusedDecoder:
 
         What was measured for such a model before is read from disk.
         """
+        ranks, sums_by = self._ranks, "NCCL" if self.peers is None else "peers"
+        name = self._name if ranks is None else f"{self._name}, {ranks.size} ranks, sums by {sums_by}"
         timed = {size: min(size or _MANY_TIMED, max_rows) for size in self.ways}
         # The other classes have no steps of decode rows.
         keys = {
-            size: f"{self._name}, {rows} rows of {context} tokens"
-            for size, rows in timed.items()
-            if _row_class(rows) == size
+            size: f"{name}, {rows} rows of {context} tokens" for size, rows in timed.items() if _row_class(rows) == size
         }
         path = cache_path("decoder", self._head.weight.device, *_KERNELS)
-        known, ranks = read_choices(path), self._ranks
+        known = read_choices(path)
         missing = []
         for size, key in keys.items():
             is_known = self._take(size, known.get(key))
