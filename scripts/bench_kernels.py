@@ -119,7 +119,7 @@ def step_inputs(contexts: Sequence[int], new_tokens: int, device: torch.device) 
     rows = len(contexts)
     slots = torch.arange(rows, dtype=torch.int32, device=device)
     if new_tokens == 1:
-        return build_decode_inputs(slots, torch.ones_like(slots), state), pages
+        return build_decode_inputs(slots, state), pages
     plan = synthetic_plan([new_tokens] * rows, 0, PlanFlag.NONE)
     payload = np.zeros(limits.plan_bytes, np.uint8)
     used = write_plan(payload, plan)
