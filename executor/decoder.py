@@ -163,8 +163,8 @@ class FusedDecoder:
             if not (is_known if ranks is None else ranks.agree(is_known)):  # timing is done by all of them or by none
                 missing.append(size)
         if missing:
-            measured = self._measure(forward, {size: timed[size] for size in missing})
-            settled = settle_choices(path, known, {keys[size]: asdict(way) for size, way in measured.items()})
+            self._measure(forward, {size: timed[size] for size in missing})
+            settled = settle_choices(path, known, {keys[size]: asdict(self.ways[size]) for size in missing})
             for size in missing:
                 self._take(size, settled[keys[size]])
         if ranks is not None:  # each may have found another one the fastest, or read it on another host
@@ -172,14 +172,13 @@ class FusedDecoder:
                 options = self._options(size)
                 self.ways[size] = options[ranks.least(options.index(self.ways[size]))]
 
-    def _measure(self, forward: Callable[[int], torch.Tensor], rows: dict[int, int]) -> dict[int, Way]:
-        """The fastest way for each class, timed with so many rows; taken already."""
+    def _measure(self, forward: Callable[[int], torch.Tensor], rows: dict[int, int]) -> None:
+        """Take the fastest way for each class, timed with so many rows."""
         self.compile_ahead(
             partial(self._forward_as, way, size, forward, rows[size]) for size in rows for way in self._options(size)
         )
         for size in rows:
             self.ways[size] = self._fastest(forward, size, rows[size])
-        return {size: self.ways[size] for size in rows}
 
     def compile_ahead(self, forwards: Iterable[Callable[[], torch.Tensor]]) -> None:
         """Compile on all cores what these will launch. On one rank only: several wait for each other's rows."""

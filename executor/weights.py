@@ -58,8 +58,7 @@ def load_module(config: EngineConfig, device: torch.device, ranks: Ranks | None)
             reason = (
                 "it does not attend through transformers' AttentionInterface (private attention code is not served)"
             )
-        reason = f"cannot {what} {config.card.path}: {reason}"
-        raise ModelError(reason, param="--model") from error
+        raise ModelError(f"cannot {what} {config.card.path}: {reason}", param="--model") from error
 
 
 def _pretrained(config: EngineConfig) -> Any:

@@ -42,14 +42,11 @@ class BlockPool:
         for _ in range(count):
             blocks.append(block)
             self.refs[block] = 1
-            digest = self.hash_of[block]
-            if digest is not None:
-                self.hash_of[block] = None
-                del self.block_of[digest]
             block = self._next[block]
         self._next[NULL_BLOCK] = block
         self._prev[block] = NULL_BLOCK
         self.num_free -= count
+        self.forget(blocks)
         return blocks
 
     def share(self, block: int) -> None:

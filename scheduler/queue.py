@@ -7,7 +7,7 @@ from typing import Final
 
 from scheduler.request import Request, State
 
-_FEW: Final = 64
+_FEW: Final = 64  # removed entries that are not worth a rebuild
 
 
 class WaitingQueue:

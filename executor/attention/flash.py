@@ -63,7 +63,7 @@ class Prompts:
 
     @classmethod
     def of(cls, inputs: StepInputs, call: Attend) -> Prompts:
-        """From a step with prefill rows whose rows are exact; its last tokens may be padding."""
+        """From a step with prefill rows, whose numbers of rows are exact; its last tokens may be padding."""
         first = inputs.num_decode  # decode rows have one token each
         return cls(
             call,
