@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from executor.sampler_cpu import MAX_COUNT, MIN_TEMPERATURE, NOISE_MIX, SPLIT_MIX, TOKEN_MIX, UNIT, SlotTables
-from executor.threshold_kernels import CHUNK, Summary, filter_threshold, float_param
+from executor.threshold_kernels import BLOCK, CHUNK, Summary, filter_threshold, float_param
 from ipc.frames import INVALID_TOKEN, MAX_BIAS, Param, PlanFlag
 
 _PARAMS = tl.constexpr(int(Param.COUNT))
@@ -109,11 +109,12 @@ def prepare(
     x = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
     number = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     least, greatest = torch.empty(2, rows, chunks, dtype=torch.float32, device=logits.device)
+    maxima = torch.empty(rows, chunks, CHUNK // BLOCK, dtype=torch.float32, device=logits.device)
     _prepare_kernel[(rows, chunks)](
-        x, number, least, greatest, logits, logits.stride(0), row_slot, position, tables.params, tables.bias_token,
-        tables.bias_value, tables.bias_until, tables.token_counts, vocab, CHUNK, num_warps=8,
+        x, number, least, greatest, maxima, logits, logits.stride(0), row_slot, position, tables.params,
+        tables.bias_token, tables.bias_value, tables.bias_until, tables.token_counts, vocab, CHUNK, BLOCK, num_warps=8,
     )  # fmt: skip
-    return x, Summary(number, least, greatest)
+    return x, Summary(number, least, greatest, maxima)
 
 
 @triton.jit
@@ -122,6 +123,7 @@ def _prepare_kernel(
     number_ptr,  # int32 [rows, chunks], written
     least_ptr,  # float32 [rows, chunks], written
     greatest_ptr,  # float32 [rows, chunks], written
+    maxima_ptr,  # float32 [rows, chunks, chunk / block], written
     logits_ptr,  # [rows, vocab]
     logits_stride,
     slot_ptr,  # int [rows]
@@ -133,6 +135,7 @@ def _prepare_kernel(
     counts_ptr,  # int16 [slots, vocab]
     vocab,
     chunk: tl.constexpr,
+    block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + row).to(tl.int64)
@@ -160,7 +163,9 @@ def _prepare_kernel(
     at = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(number_ptr + at, tl.sum(allowed.to(tl.int32), 0))
     tl.store(least_ptr + at, tl.min(tl.where(allowed, x, float("inf")), 0))
-    tl.store(greatest_ptr + at, tl.max(x, 0))
+    maxima = tl.max(tl.reshape(x, [chunk // block, block]), 1)
+    tl.store(maxima_ptr + at * (chunk // block) + tl.arange(0, chunk // block), maxima)
+    tl.store(greatest_ptr + at, tl.max(maxima, 0))
 
 
 @triton.jit
@@ -225,8 +230,9 @@ def _best_kernel(
         if asks & (temperature >= _MIN_TEMPERATURE):
             if filtered:
                 x = tl.where(x < tl.load(threshold_ptr + row), -float("inf"), x)
-            k0, k1 = _noise_key(param, tl.load(position_ptr + row))
-            x = x * (1.0 / temperature) - _log_exponential(token, k0, k1)
+            if tl.max(x, 0) > -float("inf"):  # of few logits that are kept, most programs have none
+                k0, k1 = _noise_key(param, tl.load(position_ptr + row))
+                x = x * (1.0 / temperature) - _log_exponential(token, k0, k1)
     score = tl.where(inside & (x == x), x, -float("inf"))
     best = tl.max(score, 0)
     index = tl.min(tl.where(inside & (score == best), token, _NO_INDEX), 0)

@@ -141,7 +141,7 @@ def logit_shapes(vocab: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize(
     "asks",
-    [{"top_k": 2}, {"top_k": 50}, {"top_k": 900}, {"min_p": 0.2}, {"top_k": 5, "min_p": 0.9}],
+    [{"top_k": 2}, {"top_k": 50}, {"top_k": 128}, {"top_k": 900}, {"min_p": 0.2}, {"top_k": 5, "min_p": 0.9}],
     ids=lambda asks: "-".join(asks),
 )
 def test_top_k_and_min_p_keep_exactly_what_a_sort_keeps(vocab: int, asks: dict[str, float]) -> None:
@@ -168,15 +168,20 @@ def test_top_p_keeps_the_smallest_nucleus(vocab: int, asks: dict[str, float]) ->
     assert (mass * differs).sum(dim=1).max() < 1e-5, "only a rounding at the edge may make a difference"
 
 
-@pytest.mark.parametrize("asks", [{"top_p": 0.9}, {"top_p": 0.8, "top_k": 300}], ids=["nucleus", "top k"])
+@pytest.mark.parametrize(
+    "asks",
+    [{"top_p": 0.9}, {"top_p": 0.8, "top_k": 300}, {"top_p": 0.8, "top_k": 50}],
+    ids=["nucleus", "top k", "few"],
+)
 def test_more_candidates_than_the_list_holds_are_searched_in_the_row(
     asks: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from executor import threshold_kernels
 
-    _, listed, x = thresholds(1000, asks)
+    _, listed, x = thresholds(20011, asks)
     monkeypatch.setattr(threshold_kernels, "_FEW", 32)
-    _, searched, _ = thresholds(1000, asks)
+    monkeypatch.setattr(threshold_kernels, "_HELD", 32)
+    _, searched, _ = thresholds(20011, asks)
     mass = torch.softmax(x.double() / 0.7, dim=1)
     assert (mass * ((x >= listed) != (x >= searched))).sum(dim=1).max() < 1e-5
 
