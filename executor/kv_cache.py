@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 
 from executor.attention import LayerSpec
@@ -26,10 +27,11 @@ class _Pages(Protocol):
 
 def allocate_pages(spec: LayerSpec, num_blocks: int, block_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """K [num_blocks, block_size, kv_heads, k_dim] and V of one layer; zeroed, because masked lanes read page 0."""
-    return tuple(
-        torch.zeros(num_blocks, block_size, spec.kv_heads, dim, dtype=spec.dtype, device=device)
-        for dim in (spec.k_dim, spec.v_dim)
-    )
+    shapes = [(num_blocks, block_size, spec.kv_heads, dim) for dim in (spec.k_dim, spec.v_dim)]
+    if device.type == "cpu":  # numpy takes memory that the kernel zeroes when it is first used; torch writes all of it
+        words = f"i{spec.dtype.itemsize}"
+        return tuple(torch.from_numpy(np.zeros(shape, words)).view(spec.dtype) for shape in shapes)
+    return tuple(torch.zeros(shape, dtype=spec.dtype, device=device) for shape in shapes)
 
 
 def bytes_per_block(specs: Sequence[LayerSpec], block_size: int) -> int:

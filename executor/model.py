@@ -85,7 +85,7 @@ class Model:
         try:
             for layer in self.layers:
                 layer.k_cache, layer.v_cache = allocate_pages(layer.spec, num_blocks, self.block_size, self.device)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError, ValueError) as error:  # of torch, of numpy
             raise ConfigError(
                 f"{num_blocks} KV blocks do not fit: {error}", param="--num-gpu-blocks-override"
             ) from error
