@@ -147,3 +147,4 @@ def _kv_heads(model: Model) -> list[int]:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # as an executor does: threads of gloo that outlive the interpreter abort the process now and then
