@@ -50,6 +50,8 @@ def check_params(params: SamplingParams, card: ModelCard, prompt_len: int) -> No
             f"prompt_logprobs is {params.prompt_logprobs}, the limit is {card.max_logprobs}", param="prompt_logprobs"
         )
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if len(ids) > MAX_BIAS:
+            raise InvalidParameterError(f"{name} has {len(ids)} tokens, the limit is {MAX_BIAS}", param=name)
         for token in ids:
             if not 0 <= token < card.vocab_size:
                 raise InvalidParameterError(

@@ -5,8 +5,9 @@ row waits for its mask while other rows run ahead, so neither a slow grammar nor
 Compilation and per-token work have a thread each: who compiles holds back nobody who runs. A request has at most one
 job at a time, so its matcher is never used by two threads.
 
-llguidance is imported with the first grammar; it is an optional dependency and needs no torch. Its own limits (lexer
-fuel, items, states) bound the time and the memory of any grammar.
+llguidance is an optional dependency and needs no torch. It keeps Python's lock while it learns a vocabulary, up to a
+second, so that happens at start and not with the first grammar. Its own limits (lexer fuel, items, states) bound the
+time and the memory of any grammar.
 """
 
 from __future__ import annotations
@@ -43,15 +44,13 @@ class GrammarWorker:
         self._compiling: queue.SimpleQueue[list[Job]] = queue.SimpleQueue()
         self._advancing: queue.SimpleQueue[list[Job]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[Request, Mask | GrammarError]] = queue.SimpleQueue()
-        self._compiler: _Compiler | None = None
-        self._started = False
+        self._asked = False
+        threading.Thread(target=self._compile_all, name="grammar compile", daemon=True).start()
+        threading.Thread(target=self._advance_all, name="grammar masks", daemon=True).start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Ask for the masks after these tokens. Those that need no compilation come together, as they ran together."""
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._compile_all, name="grammar compile", daemon=True).start()
-            threading.Thread(target=self._advance_all, name="grammar masks", daemon=True).start()
+        self._asked = True
         new = [job for job in jobs if job[0].matcher is None]
         known = [job for job in jobs if job[0].matcher is not None]
         if new:
@@ -61,22 +60,28 @@ class GrammarWorker:
 
     def take(self) -> Iterator[tuple[Request, Mask | GrammarError]]:
         """What came since the last call: a mask, or why there is none."""
-        if self._started:
+        if self._asked:
             self._bell.drain()
         while not self._done.empty():
             yield self._done.get()
 
     def _compile_all(self) -> None:
+        compiler: _Compiler | GrammarError
+        try:
+            compiler = _Compiler(self._card)
+        except BaseException as error:
+            compiler = _reported(error)
         while True:
             for request, tokens in self._compiling.get():
                 if request.state is State.DONE:  # it was aborted; nobody behind it needs to wait
                     continue
                 outcome: Mask | GrammarError
                 try:
-                    if self._compiler is None:
-                        self._compiler = _Compiler(self._card)
-                    request.matcher = self._compiler.matcher(request.grammar)
-                    outcome = _advance(request.matcher, tokens, self._card)
+                    if isinstance(compiler, GrammarError):
+                        outcome = compiler
+                    else:
+                        request.matcher = compiler.matcher(request.grammar)
+                        outcome = _advance(request.matcher, tokens, self._card)
                 except BaseException as error:
                     outcome = _reported(error)
                 self._done.put((request, outcome))
@@ -110,7 +115,11 @@ class _Compiler:
         try:
             self._tokenizer = llguidance.LLTokenizer(text, n_vocab=card.vocab_size, eos_token=eos)
         except ValueError:  # its tokenizer has more ids than the model
-            self._tokenizer = llguidance.LLTokenizer(text, eos_token=eos)
+            try:
+                self._tokenizer = llguidance.LLTokenizer(text, eos_token=eos)
+            except ValueError as error:
+                reason = str(error)[:_MAX_MESSAGE_CHARS]
+                raise GrammarError(f"structured output is not possible with this tokenizer.json: {reason}") from error
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 

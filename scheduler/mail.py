@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
+from ipc.clock import now_ns
 from ipc.results import Result
 from ipc.schema import PROTOCOL_VERSION, FinishReason, Message, Welcome
 from ipc.sockets import send_to
@@ -25,6 +26,7 @@ from scheduler.state import SchedulerState
 log = logging.getLogger(__name__)
 
 MAX_NOTICES: Final = 10_000  # that wait for a frontend which sends and does not read
+_REST: Final = 20  # times as long as a frame took that found a socket full passes before the next is put together
 
 
 class Mail:
@@ -62,7 +64,7 @@ class Mail:
         self.state.started.clear()
         rows = 0
         for peer in self.peers:
-            if self._flush(peer) and peer.outbox and self._send(peer, peer.outbox.message(self.state.load)):
+            if self._flush(peer) and self._send_outbox(peer):
                 rows += peer.outbox.rows
                 peer.sent_tokens += peer.outbox.rows
                 peer.outbox.clear()
@@ -132,14 +134,28 @@ class Mail:
             peer.notices.popleft()
         return not peer.notices
 
+    def _send_outbox(self, peer: Peer) -> bool:
+        """Whether there was something, and it was sent. A frame grows as its frontend lags, so it is not put together
+        again and again: that would cost the others their time."""
+        start_ns = now_ns()
+        if not peer.outbox or start_ns < peer.rests_until_ns:
+            return False
+        sent = self._send(peer, peer.outbox.message(self.state.load))
+        if not sent:
+            end_ns = now_ns()
+            peer.rests_until_ns = end_ns + _REST * (end_ns - start_ns)
+        return sent
+
     def _give_up(self, peer: Peer) -> None:
         """Fail the requests of a frontend that does not read; its backlog is replaced by their terminal rows, and by
-        those of requests whose end was in it."""
+        those of requests whose end was in it. One that left too many of those unread is removed."""
         requests, ended = self.state.requests_of(peer.index), peer.outbox.ended
         log.warning("frontend %s is %d rows behind; %d requests fail", peer.name, peer.outbox.backlog, len(requests))
         peer.outbox.clear()
         peer.outbox.add_end(ended, FinishReason.SLOW_CONSUMER)
         self.end(requests, FinishReason.SLOW_CONSUMER)
+        if peer.outbox.is_too_long:
+            self.remove(peer, f"it left {peer.outbox.backlog} ends unread")
 
 
 def _owners(peer: npt.NDArray[np.int32]) -> list[int]:

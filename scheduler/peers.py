@@ -20,6 +20,7 @@ class Peer:
     pid: int
     silent_beats: int = 0  # since it was last heard: a scheduler that stood still counts none
     sent_tokens: int = 0
+    rests_until_ns: int = 0  # before then no frame is put together for it: its socket was full
     outbox: Outbox = field(default_factory=Outbox)
     notices: deque[Message] = field(default_factory=deque)  # found its socket full; in order, before its rows
 

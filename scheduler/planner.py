@@ -171,16 +171,20 @@ def _admit_waiting(state: SchedulerState, draft: _Draft) -> None:
 
 def _admit(state: SchedulerState, draft: _Draft, request: Request) -> bool:
     """Admit the head of the queue; False if it must wait for a slot, for blocks or for the next frame."""
-    if not state.slots.num_free:
+    room = state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
+    blocked, too_few = state.blocked
+    if not state.slots.num_free or (request is blocked and room <= too_few):
         return False
     limits = state.limits
     hit = _find_prefix(state, request)
     total = -(-len(request.tokens) // limits.block_size)
     need = total - len(hit) + state.pool.num_free_in(hit)
     bias, history = _count_extras(state, request)
+    if need > room:
+        state.blocked = (request, room)
+        return False
     if (
-        need > state.pool.num_free - len(state.slots.running)  # each running row may soon ask for one more
-        or draft.num_blocks + total > limits.max_plan_blocks
+        draft.num_blocks + total > limits.max_plan_blocks
         or draft.num_bias + bias > limits.max_plan_bias
         or draft.num_history + history > limits.max_plan_history
         or (request.grammar and not draft.grammar_room)

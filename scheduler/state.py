@@ -50,6 +50,10 @@ class SchedulerState:
         self.epoch = 0
         self.attached = False
         self.on_trial: Request | None = None  # the suspect that runs alone now
+        self.blocked: tuple[Request | None, int] = (
+            None,
+            0,
+        )  # a head of the queue for which so many blocks were too few
         self.draining = False
         self.seq = 0  # of the last plan
         self.was_idle = True  # no work was left after the last retire: the next gap is no bubble
@@ -257,6 +261,7 @@ class SchedulerState:
         """A new executor: an empty KV cache of `num_blocks`. Yields the open requests that no longer fit it."""
         self.epoch, self.attached = epoch, True
         self.pool = BlockPool(num_blocks)
+        self.blocked = (None, 0)
         for request in list(self.requests.values()):
             # What is done with one may end others: their frontend is found gone.
             if request.state is not State.DONE and request.limit > self.max_seq_len:

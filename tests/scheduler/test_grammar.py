@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,22 @@ class Driver:
             if len(found) < len(jobs):
                 assert self.bell.wait(timeout_s=WAIT_S), "no mask came"
         return [found[asked.request_id] for asked, _ in jobs]
+
+
+def test_a_tokenizer_is_learned_before_anybody_asks_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = threading.Semaphore(0)
+
+    def refuse(card: ModelCard) -> None:
+        learned.release()
+        raise GrammarError("no grammars here")
+
+    monkeypatch.setattr("scheduler.grammar._Compiler", refuse)
+    driver = Driver()
+    assert learned.acquire(timeout=WAIT_S), "nothing was learned at start"
+    for number in range(2):
+        (error,) = driver.run((request(regex("a"), number), []))
+        assert str(error) == "no grammars here"
+    assert not learned.acquire(blocking=False)
 
 
 def ids_of(mask: np.ndarray) -> set[int]:

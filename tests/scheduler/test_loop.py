@@ -169,6 +169,45 @@ def test_a_lagging_frontend_gets_its_rows_in_one_frame(bench: Bench, monkeypatch
     assert len(frame.started_id) == 8
 
 
+def test_a_frame_that_found_a_socket_full_is_not_put_together_at_every_turn(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lagging, other = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(mail_module, "_REST", 10**9)
+    tried: list[bytes] = []
+    send, identity = bench.loop.mail.send_to, lagging.socket.getsockopt(zmq.IDENTITY)
+
+    def full(to: bytes, message: Any) -> bool | None:
+        if to != identity or not isinstance(message, Tokens):
+            return send(to, message)
+        tried.append(message.request_id)
+        return False
+
+    monkeypatch.setattr(bench.loop.mail, "send_to", full)
+    lagging.send(admit(1, max_tokens=10))
+    other.send(admit(1, max_tokens=30))
+    receive_rows(other, 30)
+    assert len(tried) == 1
+    monkeypatch.undo()
+    peer = bench.loop.mail.peers.find(identity)
+    assert peer is not None
+    peer.rests_until_ns = 0
+    assert receive_rows(lagging, 10)[-1] == (1, 5, FinishReason.LENGTH)
+
+
+def test_ends_that_nobody_reads_are_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_BACKLOG_ROWS", 20)
+    flooding, other = bench.frontend_peer(), bench.frontend_peer()
+    monkeypatch.setattr(bench.loop.mail, "send_to", _full_for(bench, flooding.socket.getsockopt(zmq.IDENTITY)))
+    for i in range(30):
+        flooding.send(admit(i, max_tokens=1))
+    for _ in range(100):
+        flooding.send(Heartbeat(1))  # it is not silent
+        if other.stats().frontends == 1:
+            break
+    assert other.stats().frontends == 1
+
+
 def _full_for_all(bench: Bench, full: bytes) -> Any:
     send = bench.loop.mail.send_to
     return lambda to, message: False if to == full else send(to, message)

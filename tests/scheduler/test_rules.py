@@ -185,6 +185,28 @@ def test_scores_are_planned_only_as_far_as_the_result_has_room() -> None:
         assert outcome.scores == [(prompt[i], next_token(prompt[:i])) for i in range(1, 60)]
 
 
+def test_a_head_that_waits_for_blocks_looks_its_prefix_up_again_only_when_there_are_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = Pipeline(tiny_config(num_blocks=9))
+    state, looked_up = pipeline.state, [0]
+    find = state.pool.find_prefix
+    monkeypatch.setattr(
+        type(state.pool), "find_prefix", lambda pool, chain: looked_up.append(len(chain)) or find(chain)
+    )
+    pipeline.admit(1, LONG, max_tokens=18)
+    pipeline.admit(2, LONG + [1] * 28, max_tokens=2)
+    while pipeline.outcomes[1].finish is FinishReason.RUNNING:
+        pipeline.plan()
+        pipeline.run()
+        pipeline.retire()
+    assert state.blocked[0] is not None, "it was never blocked"
+    assert looked_up == [0, 0, 7], "of each request once, and of none while it waited"
+    pipeline.drain()
+    assert pipeline.outcomes[2].finish is FinishReason.LENGTH
+    assert len(looked_up) == 4
+
+
 def test_prefix_hits_are_counted_and_salted() -> None:
     pipeline = Pipeline(tiny_config(num_blocks=40))
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -254,6 +276,7 @@ def test_impossible_requests_are_refused_with_both_numbers() -> None:
         {"seed": 2**63},
         {"logit_bias": {99: 1.0}},
         {"logit_bias": {1: 1e300}},
+        {"stop_token_ids": (1,) * 10_000},
         {"repetition_penalty": 0.0},
         {"prompt_logprobs": 5},
     ):
