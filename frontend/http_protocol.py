@@ -12,6 +12,7 @@ import logging
 from http import HTTPStatus
 from typing import Any, Final
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -71,13 +72,33 @@ class LimitedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self.transport.is_closing():
             return
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
         elif self._reading is None and (self.cycle is None or self.cycle.response_complete):
             self._read_within(self.head_timeout_s)  # empty lines between requests are no request
+
+    def _parse(self, data: bytes) -> None:
+        """What offers to upgrade, to HTTP/2 or WebSocket, is read again without the offer, which a server may ignore
+        (RFC 9110, 7.8): the parser takes its body for bytes of the other protocol."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+                if method == b"CONNECT":
+                    raise httptools.HttpParserError from offer
+                head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
+                head += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+                data = b"".join((*head, b"\r\n", data[offer.args[0] :]))
+                self.parser = httptools.HttpRequestParser(self)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -101,11 +122,15 @@ class LimitedHttp(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():  # it will be read again
+            return
         self._in_head, self._head_bytes = False, 0
         self._read_within(self.body_timeout_s)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_head = True
         self._read_within(None)
         super().on_message_complete()

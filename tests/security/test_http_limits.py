@@ -192,6 +192,27 @@ HEADERS_OK = {"authorization": f"Bearer {FILE_KEY}"}
 REQUEST_IDS = ["x" * 129, "a b", "a\tb", "ä", "", "a\x7f"]
 
 
+OFFER = b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (b"Content-Length: 28\r\n\r\nGET /big HTTP/1.1\r\nHost: x\r\n",),
+        (b"Content-Length: 28\r\n\r\n", b"GET /big HTTP/1.1\r\n", b"Host: x\r\n"),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"1c\r\nGET /big HTTP/1.1\r\nHost: x\r\n\r\n0\r\n\r\n"),
+    ],
+    ids=["one packet", "several", "chunked"],
+)
+def test_the_body_of_who_offers_to_upgrade_is_a_body(parts: tuple[bytes, ...]) -> None:
+    """`curl --http2` and Java's own client offer HTTP/2; taken for another protocol, a body is the next request."""
+    first = b"POST / HTTP/1.1\r\n" + OFFER + parts[0]
+    last = b"POST / HTTP/1.1\r\n" + OFFER + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi"
+    answer = run(LimitedHttp, lambda _, port: answer_to(port, first, *parts[1:], last))
+    bodies = [found.partition(b"\r\n\r\n")[2] for found in answer.split(b"HTTP/1.1 200 OK")[1:]]
+    assert bodies == [b"2\r\n28\r\n0\r\n\r\n", b"1\r\n2\r\n0\r\n\r\n"]
+
+
 @pytestmark_service
 def test_request_ids_are_echoed_if_short_and_clean(service: Service) -> None:
     def echoed(given: str) -> str:
