@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from ipc.config import EngineConfig, write_start
+from ipc.logs import write_stderr
 
 _TAIL_BYTES: Final = 32 << 10
 TRACEBACK: Final = "Traceback (most recent call last):"
@@ -97,7 +98,7 @@ class Child:
             return b""
         self.tail += text
         del self.tail[:-_TAIL_BYTES]
-        _write_all(sys.stderr.fileno(), text)
+        write_stderr(text)
         return text
 
     def signal(self, number: signal.Signals) -> None:
@@ -129,8 +130,3 @@ def _stderr_pair(terminal: bool) -> tuple[int, int]:
     size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, bytes(8))
     fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
     return reader, writer
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]

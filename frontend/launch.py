@@ -197,7 +197,8 @@ def _announce(options: flags.Options, config: EngineConfig, places: Sequence[str
     if sampling := config.card.sampling_defaults:
         defaults = ", ".join(f"{field}={value}" for field, value in sampling.items())
         news("engine-launch", f"requests sample by the model's defaults: {defaults}")
-    print(f"Serving {config.card.name} on {' and '.join(places)} (ready in {took_s:.1f} s)", flush=True)
+    with contextlib.suppress(OSError):  # nobody needs to read it
+        print(f"Serving {config.card.name} on {' and '.join(places)} (ready in {took_s:.1f} s)", flush=True)
 
 
 def _places(listener: socket.socket | None, directory: Directory, plumbing: Plumbing) -> list[str]:

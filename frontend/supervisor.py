@@ -30,7 +30,7 @@ _ABORT_GRACE_S: Final = 2.0  # for the last frames of requests that a shutdown e
 _STOP_GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL
 _HURRY_GRACE_S: Final = 2.0  # from SIGTERM to SIGKILL after a second signal
 _DUMP_GRACE_S: Final = 1.0  # for a stuck process to write its stacks and end
-_CONFIG_FAULT: Final = 2  # exit code of a child whose fault is the user's and will come again
+_CONFIG_FAULT: Final = 2  # exit code of a child whose fault is the user's; once it has served, it may pass
 
 
 class Phase(Enum):
@@ -160,7 +160,7 @@ class Supervisor:
             return
         elif replica is not None and replica.regrouping and child.role == "executor":
             self._regroup(replica)
-        elif self._phase is Phase.STARTING or code == _CONFIG_FAULT or not self._may_restart(child):
+        elif self._phase is Phase.STARTING or not self._may_restart(child):
             self._fail(child, code)
         else:
             self._restart(child, replica, code)
@@ -219,7 +219,7 @@ class Supervisor:
     def _fail(self, child: Child, code: int) -> None:
         """End the engine, or one of its replicas, because of this child; what went wrong first is printed last."""
         failures = self._failures[child.replica, child.role]
-        if code == _CONFIG_FAULT:
+        if code == _CONFIG_FAULT and self._phase is Phase.STARTING:
             self._stop(_CONFIG_FAULT)  # its one line already says everything
             return
         words = ""

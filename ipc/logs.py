@@ -6,9 +6,12 @@ it ends. Messages must never hold prompts or keys.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import select
 import sys
 from typing import Final
 
@@ -17,6 +20,22 @@ import msgspec
 _CHATTY: Final = ("uvicorn", "httpx", "asyncio")  # they tell at info what only their authors want to know
 _MAX_CHARS: Final = 4000
 _TIME: Final = "%m-%d %H:%M:%S"
+_PATIENCE_S: Final = 0.1  # for a reader of stderr that lags
+
+
+def write_stderr(text: bytes) -> None:
+    """Write what the reader takes; the rest is lost, and so is all if a terminal is gone or a disk full.
+
+    An engine must neither wait for whoever reads its log nor end with them.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            fd = sys.stderr.fileno()
+        except io.UnsupportedOperation:  # in a notebook, or under a test
+            sys.stderr.write(text.decode(errors="replace"))
+            return
+        while text and select.select([], [fd], [], _PATIENCE_S)[1]:
+            text = text[os.write(fd, text[: select.PIPE_BUF]) :]
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +99,7 @@ class _NewsHandler(logging.Handler):
             line = _Json(role).format(record)
         else:
             line = f"{role}: {'error: ' if record.levelno >= logging.ERROR else ''}{text}"
-        sys.stderr.write(line + "\n")  # at once: print would let another process write between line and line break
-        sys.stderr.flush()
+        write_stderr(f"{line}\n".encode(errors="replace"))
 
 
 _news_handler: Final = _NewsHandler()

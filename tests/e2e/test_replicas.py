@@ -6,11 +6,13 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import shutil
+from pathlib import Path
 
 import httpx
 import psutil
 
-from tests.e2e.engine import Engine, running_engine, wait_until
+from tests.e2e.engine import DEMO_MODEL, Engine, running_engine, wait_until
 
 WAIT_S = 120.0
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--data-parallel-size", "2", "--enable-debug-endpoints")
@@ -93,3 +95,19 @@ def test_one_of_two_replicas_is_killed_under_load_and_no_byte_is_lost() -> None:
         assert {process.pid for process in replica(engine, 1)}.isdisjoint(process.pid for process in killed)
         for found in invariants(engine).values():
             assert (found["requests"], found["blocks_free"]) == (0, found["blocks_total"])
+
+
+def test_weights_that_are_gone_for_a_while_cost_a_replica_and_no_stream(tmp_path: Path) -> None:
+    """What a start would refuse, a restart tries again: the other replica serves."""
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "demo")
+    with running_engine(*FLAGS, "--max-restarts", "1", model=folder) as engine:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            streams = [pool.submit(stream, engine, index) for index in range(4)]
+            wait_until(lambda: len(invariants(engine)) == 2, WAIT_S, "both are there")
+            (folder / "model.safetensors").rename(tmp_path / "away")
+            for process in replica(engine, 1):
+                if "executor" in " ".join(process.cmdline()):
+                    process.kill()
+            assert [len(joined(each.result())[1]) for each in streams] == [150] * 4  # type: ignore[arg-type]
+        wait_until(lambda: not replica(engine, 1), WAIT_S, "it is given up")
+        assert httpx.get(f"{engine.root}/health", timeout=WAIT_S).status_code == 200
