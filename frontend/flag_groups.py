@@ -22,14 +22,14 @@ _SWITCH: Final = argparse.BooleanOptionalAction  # every switch has a --no- form
 _UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
-def _integer(low: int, high: int | None = None) -> Any:
+def _integer(low: int, high: int = 2**31 - 1) -> Any:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        if not low <= value <= high:
+            bounds = f"at least {low}" if value < low and high >= 2**31 - 1 else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
         return value
 
@@ -139,7 +139,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="sampling defaults: auto (the model's), vllm (the API's), or a folder",
     )
-    group.add_argument("--seed", type=_integer(0), default=0, help="of random weights; requests bring their own")
+    group.add_argument(
+        "--seed", type=_integer(0, 2**63 - 1), default=0, help="of random weights; requests bring their own"
+    )
     group.add_argument(
         "--trust-remote-code", action=_SWITCH, default=False, help="run Python code found in the model folder"
     )
@@ -300,7 +302,9 @@ def _configuration_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config", metavar="FILE", help="YAML, such as `port: 9000`; ENGINE_PORT=9000 in the environment wins over it"
     )
-    group.add_argument("--print-config", action="store_true", help="print every option as such a file, and exit")
+    group.add_argument(
+        "--print-config", action=_SWITCH, default=False, help="print every option as such a file, and exit"
+    )
     group.add_argument(
         "--disable-log-stats", action=_SWITCH, default=False, help="no line of statistics every ten seconds"
     )

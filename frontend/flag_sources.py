@@ -48,9 +48,12 @@ def from_file(parser: FlagParser, path: Path) -> list[str]:
         raise ConfigError(f"{path} holds a {type(entries).__name__}, expected flags by name", param=CONFIG_FLAG)
     arguments: list[str] = []
     for name, value in entries.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if flag in _NO_SETTINGS:
+            raise ConfigError(f"{path}: {name} is no setting", param=CONFIG_FLAG)
         if isinstance(value, (dict, list)):
             raise ConfigError(f"{path}: {name} holds a {type(value).__name__}, expected one value", param=CONFIG_FLAG)
-        arguments += _argument(parser, f"--{str(name).replace('_', '-')}", value)
+        arguments += _argument(parser, flag, value)
     return arguments
 
 

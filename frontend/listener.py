@@ -42,6 +42,8 @@ def bind_tcp(host: str, port: int, host_flag: str, port_flag: str) -> socket.soc
 
 
 def _bind_unix(path: str) -> socket.socket:
+    if not path:  # the kernel would choose a name that nobody knows
+        raise ConfigError("is empty", param="--uds")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):

@@ -85,6 +85,22 @@ def read_sampling_defaults(folder: Path) -> dict[str, float]:
     return found
 
 
+def _text_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of text; what it leaves to the defaults of its class, as nested ones do, transformers
+    knows."""
+    nested = config.get("text_config")
+    text = {**config, **(nested if isinstance(nested, dict) else {})}
+    if "vocab_size" in text and any(key in text for key in _CONTEXT_KEYS):
+        return text
+    from transformers import AutoConfig  # imported here: it takes half a second, and few models need it
+
+    try:
+        whole = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception:  # what is missing is said by who needs it
+        return text
+    return {**whole.get_text_config(decoder=True).to_dict(), **text}
+
+
 def read_card(
     folder: Path,
     *,
@@ -101,7 +117,7 @@ def read_card(
     if not path.exists():
         raise ModelError(f"{folder} has no config.json", param="--model")
     config = _read_json(path)
-    text: dict[str, Any] = {**config, **(config.get("text_config") or {})}
+    text = _text_config(folder, config)
     vocab_size = text.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ModelError(f"{path} says vocab_size {vocab_size!r}, expected a whole number above 0", param="--model")

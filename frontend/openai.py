@@ -10,9 +10,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from frontend.request import GenerateParams
 from frontend.structured import StructuredOutputs, of_request
@@ -83,6 +84,10 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+_MANY: Final = Meta(max_length=1 << 16)  # each takes some kilobytes before a template has written it
+_CALLS: Final = Meta(max_length=512)
+
+
 class ContentPart(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
@@ -90,17 +95,17 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], _MANY] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], _CALLS] | None = None
     tool_call_id: str | None = None
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], _MANY]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -117,7 +122,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], _MANY] | None = None
     add_special_tokens: bool | None = None
 
 

@@ -196,7 +196,15 @@ class Completion:
 
 
 def check_prompt(prompt: Sequence[int], card: ModelCard) -> bytes:
-    """The token ids packed as int32; raises InvalidParameterError if empty, not integers, or out of the vocabulary."""
+    """The token ids packed as int32.
+
+    Raises InvalidParameterError if empty, not integers, or out of the vocabulary, ContextLengthError if there are so
+    many that looking at each would take time.
+    """
+    if isinstance(prompt, (list, tuple, np.ndarray)) and len(prompt) > 2 * card.max_model_len:
+        raise ContextLengthError(
+            f"maximum context length is {card.max_model_len} tokens; the prompt has {len(prompt)}", param="prompt"
+        )
     if isinstance(prompt, np.ndarray):
         if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
             raise _invalid("prompt", "a vector of integer token ids", f"{prompt.dtype}{list(prompt.shape)}")

@@ -120,7 +120,9 @@ async def _prompt_ids(
     service: Service, prompts: Sequence[str | list[int]], add_special_tokens: bool
 ) -> list[Sequence[int]]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await service.tokenizer.encode_all(texts, add_special_tokens=add_special_tokens) if texts else ())
+    most = service.client.card.max_model_len
+    encode_all = service.tokenizer.encode_all
+    encoded = iter(await encode_all(texts, add_special_tokens=add_special_tokens, max_tokens=most) if texts else ())
     return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
@@ -156,6 +158,7 @@ async def chat_completions(request: AnyRequest) -> AnyResponse:
         tools=tools.tools if tools else None,
         add_generation_prompt=asked.add_generation_prompt is not False,
         template_kwargs=asked.chat_template_kwargs,
+        max_tokens=service.client.card.max_model_len,
     )
     shape = ChatShape(
         asked,

@@ -242,7 +242,10 @@ class ChatShape:
         parsed = parser.push(part.text, final=finish is not None)
         if finish == "stop" and parser.num_calls:
             finish = "tool_calls"
-        return msgspec.structs.replace(part, text=parsed.content, finish_reason=finish), parsed.calls
+        calls = parsed.calls
+        if self._request.parallel_tool_calls is False:  # a model that may choose to call knows nothing of it
+            calls = [call for call in calls if call.index == 0]
+        return msgspec.structs.replace(part, text=parsed.content, finish_reason=finish), calls
 
     def _event(self, choice: ChatChoice, **extra: Any) -> bytes:
         usage = None if self._request.include_usage else UNSET

@@ -88,7 +88,9 @@ class StructuredOutputs:
         if self.regex is not None:
             return str(LLMatcher.grammar_from_regex(self.regex))
         if self.choice is not None:
-            return str(grammar_from("choice", json.dumps(list(self.choice))))
+            # A terminal: llguidance's own rule of choices becomes too complex to follow beyond some two thousand.
+            strings = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in self.choice)
+            return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {strings}"))
         if self.lark is not None:
             return str(LLMatcher.grammar_from_lark(self.lark))
         return str(grammar_from("grammar", _short(self.grammar or "")))

@@ -11,19 +11,29 @@ import asyncio
 import codecs
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from ipc.errors import InvalidParameterError, ModelError
+from ipc.errors import ContextLengthError, InvalidParameterError, ModelError
 
 # Arguments of apply_chat_template that are no business of a template; a template from a request would be a program.
 _RESERVED: Final = {
     *("conversation", "messages", "chat_template", "tools", "add_generation_prompt", "tokenize", "padding"),
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
+_SHOWN: Final = ("<tool_call>", "</tool_call>")  # some models have them as special tokens, and calls begin with them
 LONG_TEXT_CHARS: Final = 4096  # above this, encoding takes long enough (about 1 ms) to leave the event loop
 _LONG_IDS: Final = 4096  # the same of decoding
+_CHARS_OF_TOKEN: Final = (
+    16  # four times as many as most have: the beginning of a text that tells whether it is too long
+)
+T = TypeVar("T")
+
+# One at a time: a text takes a hundred times its size while it is encoded.
+_long: Final = ThreadPoolExecutor(1, thread_name_prefix="long text")
 _BYTE_PIECE: Final = re.compile("<0x([0-9A-F]{2})>")  # of a tokenizer that falls back to bytes
 
 # A batch is encoded by one thread: more would take the cores of the scheduler and the executor.
@@ -73,7 +83,9 @@ class Tokenizer:
         self._backend.no_padding()
         self.byte_level: Final = type(self._backend.decoder).__name__ == "ByteLevel"
         added = self._backend.get_added_tokens_decoder()
-        self.special_ids: Final = frozenset(token for token, entry in added.items() if entry.special)
+        self.special_ids: Final = frozenset(
+            token for token, entry in added.items() if entry.special and entry.content not in _SHOWN
+        )
         self._text_of: dict[int, str] = {}
         self.bytes_of: Final = TokenBytes(self._backend)
         self.shown_bytes_of: Final = TokenBytes(self._backend, hidden=self.special_ids)
@@ -117,18 +129,43 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     async def encode_all(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, param: str = "prompt"
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        param: str = "prompt",
+        max_tokens: int | None = None,
     ) -> list[list[int]]:
-        """`encode` of each text, off the event loop when they are long together."""
+        """`encode` of each text, off the event loop when they are long together.
+
+        Raises ContextLengthError for a text of which the beginning has twice `max_tokens`: all of it could take minutes
+        and gigabytes.
+        """
         for text in texts:
             _check_text(text, param)
         if sum(map(len, texts)) <= LONG_TEXT_CHARS:
             return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-        return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+        if max_tokens is not None:
+            for text in texts:
+                await self._refuse_endless(text, param, max_tokens)
+        return await _off_the_loop(partial(self._encode_batch, texts, add_special_tokens))
+
+    async def _refuse_endless(self, text: str, param: str, max_tokens: int) -> None:
+        beginning = text[: _CHARS_OF_TOKEN * max_tokens]
+        if len(beginning) == len(text):
+            return
+        (ids,) = await _off_the_loop(partial(self._encode_batch, [beginning], False))
+        if len(ids) > 2 * max_tokens:  # a cut changes a few tokens beside it, never half of them
+            raise ContextLengthError(
+                f"maximum context length is {max_tokens} tokens; the first {len(beginning)} of the {len(text)} "
+                f"characters are {len(ids)}",
+                param=param,
+            )
 
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         # Unlike `encode` it lets go of Python's lock, without which another thread is no help to the event loop.
-        return [list(found.ids) for found in self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)]
+        encode = self._backend.encode_batch_fast
+        return [list(found.ids) for found in encode(texts, add_special_tokens=add_special_tokens)]
 
     async def encode_async(self, text: str, **options: Any) -> list[int]:
         """`encode`, off the event loop when the text is long."""
@@ -143,7 +180,7 @@ class Tokenizer:
         if len(ids) <= _LONG_IDS:
             return self.decode(ids, skip_special_tokens=skip_special_tokens)
         decode_batch = self._backend.decode_batch  # lets go of Python's lock, as `encode_batch`
-        return str((await asyncio.to_thread(decode_batch, [ids], skip_special_tokens=skip_special_tokens))[0])
+        return str((await _off_the_loop(partial(decode_batch, [ids], skip_special_tokens=skip_special_tokens)))[0])
 
     def render_chat(
         self,
@@ -169,9 +206,14 @@ class Tokenizer:
             raise InvalidParameterError(
                 f"chat_template_kwargs may not set {', '.join(reserved)}", param="chat_template_kwargs"
             )
+        # OpenAI's name of the system's role, which most templates do not know and many skip without a word.
+        renames = "developer" not in self.chat_template
         try:
             text = self._pretrained.apply_chat_template(
-                [dict(message) for message in messages],
+                [
+                    {**message, "role": "system"} if renames and message["role"] == "developer" else dict(message)
+                    for message in messages
+                ],
                 tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -181,14 +223,16 @@ class Tokenizer:
             raise InvalidParameterError(f"the chat template refused the messages: {error}", param="messages") from error
         return str(text)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation; `options` are those of `render_chat`."""
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation; `options` are those of `render_chat`, `max_tokens` that of `encode_all`."""
         size = sum(len(str(message)) for message in messages)
         if size <= LONG_TEXT_CHARS:
             text = self.render_chat(messages, **options)
         else:
-            text = await asyncio.to_thread(self.render_chat, messages, **options)
-        return await self.encode_async(text, add_special_tokens=False, param="messages")
+            text = await _off_the_loop(partial(self.render_chat, messages, **options))
+        return await self.encode_async(text, add_special_tokens=False, param="messages", max_tokens=max_tokens)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token inside a sentence, a leading space kept; U+FFFD where it is part of a character."""
@@ -208,6 +252,10 @@ class Tokenizer:
             return self.bytes_of[token_id]
         piece = _BYTE_PIECE.fullmatch(self._backend.id_to_token(token_id) or "")
         return text.encode() if piece is None else bytes.fromhex(piece[1])
+
+
+async def _off_the_loop(work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_long, work)
 
 
 def _check_text(text: str, param: str) -> None:

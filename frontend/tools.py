@@ -272,7 +272,11 @@ def _call_grammar(functions: Sequence[Mapping[str, Any]], parallel: bool, parser
         }
         head = f'{before}{{"name": {json.dumps(function["name"])}, "{key}": '
         lines.append(f"call_{i}: {json.dumps(head)} arguments_{i} {json.dumps('}' + after)}")
-        lines.append(f"arguments_{i}: %json {json.dumps(schema)}")
+        try:
+            lines.append(f"arguments_{i}: %json {json.dumps(schema)}")
+        except (ValueError, RecursionError) as error:
+            message = f"parameters of {function['name']} cannot be used: {error}"
+            raise InvalidParameterError(message, param="tools") from error
     return StructuredOutputs(lark="\n".join(lines) + "\n", param="tools")
 
 

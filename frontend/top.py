@@ -109,12 +109,15 @@ def scrape(url: str) -> Scrape:
     """Ask the engine at `url`. Raises NoMetricsError."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
-            text = answer.read().decode()
+            text = answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         raise NoMetricsError(f"{url} answers {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise NoMetricsError(f"{url} does not answer: {error}") from error
-    return parse(text, now_s())
+    try:
+        return parse(text, now_s())
+    except ValueError as error:
+        raise NoMetricsError(f"{url} does not answer with metrics: {error}") from error
 
 
 def quantile(old: Scrape, new: Scrape, family: str, q: float) -> float | None:

@@ -19,6 +19,7 @@ from ipc.clock import now_s
 
 _DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
+_SAID: Final = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a delta
 
 
 class _Choice(msgspec.Struct):
@@ -27,7 +28,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def says_something(self) -> bool:
-        return bool(self.text or (self.delta and self.delta.get("content")))
+        return bool(self.text or (self.delta and any(map(self.delta.get, _SAID))))
 
 
 class _Usage(msgspec.Struct):

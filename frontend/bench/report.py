@@ -81,7 +81,9 @@ def times_of(answers: Sequence[Answer], slo: Slo) -> Times:
         e2e = (answer.end_s - answer.due_s) * 1e3
         first = answer.text_s[0] if answer.text_s else answer.end_s
         ttft = (first - answer.due_s) * 1e3
-        tpot = (answer.text_s[-1] - first) * 1e3 / (answer.output_tokens - 1) if answer.output_tokens > 1 else None
+        tpot = None
+        if answer.text_s and answer.output_tokens > 1:
+            tpot = (answer.text_s[-1] - first) * 1e3 / (answer.output_tokens - 1)
         times.ttft.append(ttft)
         times.e2e.append(e2e)
         times.itl.extend((np.diff(answer.text_s) * 1e3).tolist())

@@ -53,6 +53,13 @@ def test_the_numbers_of_two_answers_and_a_failure() -> None:
     assert summary.e2e_ms is not None and summary.e2e_ms.max == pytest.approx(2000)
 
 
+def test_an_answer_without_a_text_has_no_time_between_tokens() -> None:
+    answers = [Answer(due_s=10.0, sent_s=10.0, text_s=[], end_s=11.0, prompt_tokens=3, output_tokens=8)]
+    summary = summarize(answers, 1.0, workload="random", load="x", slo=Slo())
+    assert summary.tpot_ms is None
+    assert summary.ttft_ms is not None and summary.ttft_ms.max == pytest.approx(1000)
+
+
 @pytest.mark.parametrize("flag", ["--json", "--report"])
 def test_a_file_that_cannot_be_written_is_known_before_the_load(
     tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -74,6 +74,9 @@ def test_the_key_of_the_environment_is_good_once_and_no_option() -> None:
         ("port: [1]", "port holds a list, expected one value"),
         ("- port", "holds a list, expected flags by name"),
         ("port: [", "is not readable YAML"),
+        ("config: more.yaml", "config is no setting"),
+        ("help: true", "help is no setting"),
+        ("max_num_batched_tokens: 100000000000000000000000", "must be between 1 and 2147483647"),
         ("port: !!python/object/apply:os.getpid []", "is not readable YAML"),
     ],
 )
@@ -103,6 +106,7 @@ def test_a_variable_may_have_an_engines_other_name_and_what_is_none_of_ours_is_l
     of_kubernetes = {"ENGINE_SERVICE_HOST": "10.0.0.1", "ENGINE_SERVICE_PORT": "80", "ENGINE_PORT_80_TCP_PROTO": "tcp"}
     options = flags.parse(["m"], {"ENGINE_PAGE_SIZE": "8", "ENGINE_VERSION": "7", "ENGINE_X": "", **of_kubernetes})
     assert flags.changed(options) == {"block-size": 8}
+    assert not flags.parse(["m"], {"ENGINE_PRINT_CONFIG": "0"}).print_config
 
 
 def test_a_printed_configuration_is_the_same_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

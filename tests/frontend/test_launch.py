@@ -154,6 +154,8 @@ def test_unix_socket_replaces_a_dead_one_and_respects_a_living_one(tmp_path):
             bind_http("", 0, path)
         assert caught.value.param == "--uds"
     bind_http("", 0, path).close()
+    with pytest.raises(ConfigError, match="is empty"):
+        bind_http("", 0, "")
 
 
 def test_a_unix_socket_never_replaces_a_file(tmp_path):

@@ -41,6 +41,21 @@ def test_text_config_of_a_multimodal_model(tmp_path):
     assert (card.vocab_size, card.max_model_len, card.eos_token_ids) == (99, 77, (5,))
 
 
+def test_what_a_nested_config_leaves_out_is_its_class_s_default(tmp_path):
+    """As those of Gemma 3 do on the hub."""
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
+    config["text_config"] = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = card_of(tmp_path)
+    assert (card.vocab_size, card.max_model_len, card.eos_token_ids) == (262_208, 131_072, (1, 106))
+
+
+@pytest.mark.parametrize("nested", [[1], "s", 3])
+def test_a_nested_config_that_is_none_is_no_traceback(tmp_path, nested):
+    write_config(tmp_path, text_config=nested)
+    assert card_of(tmp_path).vocab_size == VOCAB_SIZE
+
+
 def test_max_model_len_lowers_but_never_raises(tmp_path):
     write_config(tmp_path)
     assert card_of(tmp_path, 100).max_model_len == 100

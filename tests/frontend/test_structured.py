@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from frontend.request import GenerateParams
-from frontend.structured import StructuredOutputs, of_request
+from frontend.structured import MAX_CHOICES, StructuredOutputs, of_request
 from ipc.errors import GrammarError, InvalidParameterError, RequestError
 
 pytest.importorskip("llguidance")
@@ -116,6 +117,20 @@ def test_a_specification_at_fault_says_why(spec: dict[str, Any], message: str) -
 )
 def test_what_is_right_compiles(spec: dict[str, Any]) -> None:
     assert compiled(**spec)
+
+
+def test_all_choices_that_are_allowed_can_be_followed() -> None:
+    import llguidance
+
+    demo = Path(__file__).resolve().parents[2] / "models" / "demo" / "tokenizer.json"
+    matcher = llguidance.LLMatcher(
+        llguidance.LLTokenizer(demo.read_text(), eos_token=[0]),
+        compiled(choice=[f"number {i}" for i in range(MAX_CHOICES)]),
+        log_level=0,
+        limits=llguidance.LLParserLimits(verbose_errors=False),
+    )
+    matcher.compute_bitmask()
+    assert not matcher.is_error(), matcher.get_error()
 
 
 def test_min_tokens_cannot_hold_back_a_grammar_that_is_complete() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer
-from ipc.errors import InvalidParameterError, ModelError
+from ipc.errors import ContextLengthError, InvalidParameterError, ModelError
 from tests.frontend.tokenizers_for_tests import (
     PATIENT,
     byte_level,
@@ -139,6 +139,30 @@ def test_what_is_no_text_is_refused_by_field() -> None:
     with pytest.raises(InvalidParameterError) as caught:
         asyncio.run(tokenizer.encode_chat([{"role": "user", "content": "\ud800"}]))
     assert caught.value.param == "messages"
+
+
+def test_a_text_of_any_length_is_refused_after_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = byte_level_tokenizer(), list[int]()
+    encode = tokenizer._encode_batch
+    monkeypatch.setattr(tokenizer, "_encode_batch", lambda texts, add: seen.append(len(texts[0])) or encode(texts, add))
+    message = r"context length is 1000 tokens; the first 16000 of the 1000000 characters are \d{4}"
+    for param in ("prompt", "messages"):
+        with pytest.raises(ContextLengthError, match=message) as caught:
+            asyncio.run(tokenizer.encode_all([LONG_TEXT], param=param, max_tokens=1000))
+        assert caught.value.param == param
+    assert seen == [16000, 16000]
+    assert asyncio.run(tokenizer.encode_all([LONG_TEXT], max_tokens=10**6)) == [tokenizer.encode(LONG_TEXT)]
+
+
+def test_a_developer_is_the_system_to_a_template_that_knows_none() -> None:
+    tokenizer = byte_level_tokenizer()
+    shown = "{% if m.role in ('system', 'user'%s) %}[{{ m.role }}] {{ m.content }}{% endif %}"
+    loop = "{% for m in messages %}" + shown + "{% endfor %}"
+    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    tokenizer.use_chat_template(loop.replace("%s", ""))
+    assert tokenizer.render_chat(messages) == "[system] be brief[user] hello"
+    tokenizer.use_chat_template(loop.replace("%s", ", 'developer'"))
+    assert tokenizer.render_chat(messages) == "[developer] be brief[user] hello"
 
 
 def turns_during(work: Callable[[Tokenizer], Coroutine[Any, Any, Any]]) -> int:

@@ -85,6 +85,19 @@ def test_calls_come_whole_and_streamed() -> None:
     with_model(CALLS, work)
 
 
+def test_who_wants_one_call_at_a_time_gets_the_first() -> None:
+    async def work(ask: Ask, scheduler: ScriptedScheduler) -> None:
+        choice = (await ask(tools=TOOLS, parallel_tool_calls=False)).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == [{"word": "naïve"}]
+        indices = set()
+        async for chunk in await ask(tools=TOOLS, parallel_tool_calls=False, stream=True):
+            indices |= {call.index for call in chunk.choices[0].delta.tool_calls or ()}
+        assert indices == {0}
+
+    with_model(CALLS, work)
+
+
 def test_without_tools_text_is_text() -> None:
     async def work(ask: Ask, scheduler: ScriptedScheduler) -> None:
         for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):

@@ -27,6 +27,9 @@ WEATHER: dict[str, Any] = {
         },
     },
 }
+DEEP: dict[str, Any] = {}
+for _ in range(5000):
+    DEEP = {"items": DEEP}
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "get-time"}}
 
 
@@ -168,6 +171,7 @@ def test_the_parser_follows_the_chat_template() -> None:
         ([{"type": "function", "function": {"name": "f g"}}], None, "tools"),
         ([{"type": "function", "function": {"name": "f", "parameters": 3}}], None, "tools"),
         ([WEATHER, WEATHER], None, "tools"),
+        ([{"type": "function", "function": {"name": "f", "parameters": DEEP}}], "required", "tools"),
         (None, "required", "tool_choice"),
         ([WEATHER], "sometimes", "tool_choice"),
         ([WEATHER], {"type": "function"}, "tool_choice"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
+from urllib.parse import quote
 
 import pytest
 from rich.console import Console
 
-from frontend.top import History, NoMetricsError, Scrape, frame, main, metrics_url, parse, quantile
+from frontend.top import History, NoMetricsError, Scrape, frame, main, metrics_url, parse, quantile, scrape
 
 TEXT = """\
 # TYPE vllm:num_requests_running gauge
@@ -87,6 +88,9 @@ def test_nothing_is_cut_in_a_terminal_of_80_columns() -> None:
 def test_what_is_no_engine_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NoMetricsError, match="not an engine"):
         parse("# TYPE up gauge\nup 1\n", 0.0)
+    for other in ("<!doctype html>", "{}"):
+        with pytest.raises(NoMetricsError):
+            scrape(f"data:text/plain,{quote(other)}")
     assert main(["127.0.0.1:1", "--once"]) == 1
     assert "does not answer" in capsys.readouterr().err
 
