@@ -211,7 +211,8 @@ class Cluster:
         self._stop.set()
         if self._signals > 1:
             for placed in (*self._frontends, *self._replicas):
-                self._ray.kill(placed.actor)
+                if placed.actor is not None:  # it waits for room
+                    self._ray.kill(placed.actor)
 
     # -- the directory
 
