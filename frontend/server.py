@@ -112,6 +112,7 @@ async def completions(request: AnyRequest) -> AnyResponse:
         model=service.client.card.name,
         prompts=ids,
         echoes=await _echoes(service, prompts, ids, params) if asked.echo else None,
+        token_bytes=service.tokenizer.token_bytes,
     )
     return await _answer(request, Job(ids, params, shape), stream=bool(asked.stream))
 

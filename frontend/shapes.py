@@ -6,6 +6,7 @@ Called by the HTTP server, once a chunk: pure, and encoded once. A shape knows o
 from __future__ import annotations
 
 import uuid
+from codecs import IncrementalDecoder
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from frontend.openai import ChatRequest, CompletionRequest, sse
 from frontend.request import Choice, Chunk, TokenLogprob
+from frontend.tokenizer import new_utf8_decoder
 from frontend.tools import CallDelta, ToolParser, make_parser
 
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no infinity
@@ -136,7 +138,8 @@ class PlainEvents:
 
 
 class CompletionShape:
-    """/v1/completions. `prompts` are the token ids, `echoes` the prompts if they are to be repeated."""
+    """/v1/completions. `prompts` are the token ids, `echoes` the prompts if they are to be repeated; `token_bytes` as of
+    ChatShape."""
 
     def __init__(
         self,
@@ -147,17 +150,28 @@ class CompletionShape:
         model: str,
         prompts: Sequence[Sequence[int]],
         echoes: Sequence[Echo] | None,
+        token_bytes: TokenBytes,
     ) -> None:
         self._head = _head(response_id, "text_completion", created, model)
         self._request = request
         self._choices_per_prompt = request.n or 1
         self._prompts = prompts
         self._echoes = echoes
+        self._token_bytes = token_bytes
         self._written: dict[int, int] = {}  # characters so far, by choice
+        self._decoders: dict[int, IncrementalDecoder] = {}  # by choice; each holds the beginning of a character
         self._plain = PlainEvents(self._plain_event)
 
     def opening(self) -> bytes:
         return b""
+
+    def _offsets(self, decoder: IncrementalDecoder, entries: Sequence[TokenLogprob], offset: int) -> list[int]:
+        """Where the text of each token begins, in characters; a token inside of a character begins where that does."""
+        offsets = []
+        for entry in entries:
+            offsets.append(offset)
+            offset += len(decoder.decode(self._token_bytes(entry.token_id, entry.token)))
+        return offsets
 
     def _choice(self, index: int, part: Chunk | Choice) -> CompletionChoice:
         prompt = index // self._choices_per_prompt
@@ -169,9 +183,10 @@ class CompletionShape:
         logprobs = None
         if part.logprobs is not None:
             start = offset if echo is None else len(echo.text)
-            logprobs = _completion_logprobs(part.logprobs, start)
+            decoder = self._decoders.setdefault(index, new_utf8_decoder())
+            logprobs = _completion_logprobs(part.logprobs, self._offsets(decoder, part.logprobs, start))
             if echo is not None:
-                logprobs = _with_prompt(echo, part.prompt_logprobs or (), logprobs, self._request.logprobs or 0)
+                self._add_prompt(logprobs, echo, self._prompts[prompt], part.prompt_logprobs or ())
         wants_ids = bool(self._request.return_token_ids)
         return CompletionChoice(
             index=index,
@@ -194,6 +209,17 @@ class CompletionShape:
             return b""
         usage = None if self._request.include_usage else UNSET
         return sse(Body(**self._head, choices=[self._choice(index, chunk)], usage=usage))
+
+    def _add_prompt(
+        self, generated: dict[str, Any], echo: Echo, prompt: Sequence[int], scored: Sequence[TokenLogprob]
+    ) -> None:
+        """Put the log-probabilities of an echoed prompt, whose first token has none, before those generated."""
+        decoder = new_utf8_decoder()
+        start = len(decoder.decode(self._token_bytes(prompt[0], echo.first_token)))
+        rest = _completion_logprobs(scored, self._offsets(decoder, scored, start), self._request.logprobs or 0)
+        first = {"tokens": echo.first_token, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        for name, value in first.items():
+            generated[name] = [value, *rest[name], *generated[name]]
 
     def _plain_event(self, index: int, text: str) -> bytes:
         usage = None if self._request.include_usage else UNSET
@@ -343,18 +369,9 @@ def _prompt_logprobs(width: int | None, part: Chunk | Choice) -> list[dict[str, 
     ]
 
 
-def _with_prompt(echo: Echo, prompt: Sequence[TokenLogprob], generated: dict[str, Any], width: int) -> dict[str, Any]:
-    """The log-probabilities of an echoed prompt, whose first token has none, before those of what was generated."""
-    first = {"tokens": echo.first_token, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
-    rest = _completion_logprobs(prompt, len(echo.first_token), width)
-    return {name: [value, *rest[name], *generated[name]] for name, value in first.items()}
-
-
-def _completion_logprobs(entries: Sequence[TokenLogprob], offset: int, width: int | None = None) -> dict[str, Any]:
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry.token)
+def _completion_logprobs(
+    entries: Sequence[TokenLogprob], offsets: list[int], width: int | None = None
+) -> dict[str, Any]:
     return {
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [_finite(entry.logprob) for entry in entries],

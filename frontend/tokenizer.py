@@ -27,9 +27,8 @@ _RESERVED: Final = {
 _SHOWN: Final = ("<tool_call>", "</tool_call>")  # some models have them as special tokens, and calls begin with them
 LONG_TEXT_CHARS: Final = 4096  # above this, encoding takes long enough (about 1 ms) to leave the event loop
 _LONG_IDS: Final = 4096  # the same of decoding
-_CHARS_OF_TOKEN: Final = (
-    16  # four times as many as most have: the beginning of a text that tells whether it is too long
-)
+# Four times as many as most have: so much of a text, for each token that is allowed, tells whether it is too long.
+_CHARS_OF_TOKEN: Final = 16
 T = TypeVar("T")
 
 # One at a time: a text takes a hundred times its size while it is encoded.

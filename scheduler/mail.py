@@ -137,8 +137,7 @@ class Mail:
     def _send_outbox(self, peer: Peer) -> bool:
         """Whether there was something, and it was sent. A frame grows as its frontend lags, so it is not put together
         again and again: that would cost the others their time."""
-        start_ns = now_ns()
-        if not peer.outbox or start_ns < peer.rests_until_ns:
+        if not peer.outbox or (start_ns := now_ns()) < peer.rests_until_ns:
             return False
         sent = self._send(peer, peer.outbox.message(self.state.load))
         if not sent:

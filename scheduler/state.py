@@ -50,10 +50,8 @@ class SchedulerState:
         self.epoch = 0
         self.attached = False
         self.on_trial: Request | None = None  # the suspect that runs alone now
-        self.blocked: tuple[Request | None, int] = (
-            None,
-            0,
-        )  # a head of the queue for which so many blocks were too few
+        # A head of the queue, and as many free blocks as were too few for it.
+        self.blocked: tuple[Request | None, int] = (None, 0)
         self.draining = False
         self.seq = 0  # of the last plan
         self.was_idle = True  # no work was left after the last retire: the next gap is no bubble

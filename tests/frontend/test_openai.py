@@ -21,7 +21,7 @@ from frontend.openai import (
     prompts_of,
 )
 from frontend.request import Choice, Chunk, GenerateParams, TokenLogprob
-from frontend.shapes import LOWEST_LOGPROB, ChatShape, CompletionShape, make_usage
+from frontend.shapes import LOWEST_LOGPROB, ChatShape, CompletionShape, Echo, make_usage
 from ipc.errors import InvalidParameterError, RequestError
 
 EVERY_FIELD: dict[str, Any] = {
@@ -141,7 +141,13 @@ def logprob(token: str, value: float = -0.5) -> TokenLogprob:
 
 def completion_shape(**fields: Any) -> CompletionShape:
     return CompletionShape(
-        completion(**fields), response_id="cmpl-1", created=5, model="m", prompts=[[1, 2]], echoes=None
+        completion(**fields),
+        response_id="cmpl-1",
+        created=5,
+        model="m",
+        prompts=[[0, 1, 2, 7]],
+        echoes=[Echo("漢a", "\ufffd")] if fields.get("echo") else None,
+        token_bytes=lambda token, text: "漢".encode()[token : token + 1] or text.encode(),
     )
 
 
@@ -161,6 +167,24 @@ def test_offsets_of_logprobs_go_on_from_chunk_to_chunk() -> None:
     assert entry["token_logprobs"] == [LOWEST_LOGPROB]
     assert entry["top_logprobs"] == [{"d": LOWEST_LOGPROB, "z": LOWEST_LOGPROB}]
     assert second["choices"][0]["stop_reason"] == 9
+
+
+def test_offsets_count_a_character_of_several_tokens_once() -> None:
+    part = [TokenLogprob(i, "\ufffd", -0.5, 1, ((i, "\ufffd", -0.5),)) for i in range(3)]
+    entries = (*part, logprob("a"), *part, logprob("b"))
+    whole = json.loads(
+        completion_shape(logprobs=1).whole([Choice(0, "漢a漢b", (7,) * 8, "stop", None, entries)], make_usage(1, 8, 0))
+    )
+    assert whole["choices"][0]["logprobs"]["text_offset"] == [0, 0, 0, 1, 2, 2, 2, 3]
+    stream, found = completion_shape(logprobs=1, stream=True), []
+    for text, tokens in (("", entries[:2]), ("漢a", entries[2:5]), ("漢b", entries[5:])):
+        event = payload(stream.event(0, Chunk(0, text, (7,), None, None, tokens, 0)))
+        found += event["choices"][0]["logprobs"]["text_offset"]
+    assert found == [0, 0, 0, 1, 2, 2, 2, 3]
+    echo = completion_shape(logprobs=1, echo=True)
+    choice = Choice(0, "b", (7,), "stop", None, (logprob("b"),), (*part[1:], logprob("a")))
+    told = json.loads(echo.whole([choice], make_usage(4, 1, 0)))["choices"][0]["logprobs"]
+    assert told["text_offset"] == [0, 0, 0, 1, 2]
 
 
 def test_a_chunk_that_says_nothing_is_not_sent() -> None:

@@ -40,7 +40,15 @@ def _chunks_then(error: Exception | None) -> _Source:
 
 def _job(*prompts: list[int], n: int = 1) -> Job:
     request = CompletionRequest(prompt="x", stream=True, stream_options=StreamOptions(include_usage=n > 1))
-    shape = CompletionShape(request, response_id="cmpl-1", created=1, model="m", prompts=prompts, echoes=None)
+    shape = CompletionShape(
+        request,
+        response_id="cmpl-1",
+        created=1,
+        model="m",
+        prompts=prompts,
+        echoes=None,
+        token_bytes=lambda _, text: text.encode(),
+    )
     return Job(prompts, GenerateParams(n=n), shape)
 
 
