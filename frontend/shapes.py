@@ -138,7 +138,7 @@ class PlainEvents:
 
 
 class CompletionShape:
-    """/v1/completions. `prompts` are the token ids, `echoes` the prompts if they are to be repeated; `token_bytes` as of
+    """/v1/completions. `prompts` are token ids, `echoes` the prompts if they are to be repeated, `token_bytes` that of
     ChatShape."""
 
     def __init__(
