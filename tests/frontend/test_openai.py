@@ -119,6 +119,13 @@ def test_bad_json_is_no_fault_of_a_field() -> None:
     assert caught.value.param is None
 
 
+def test_messages_are_not_without_number() -> None:
+    many = b'{"role":"user"},' * (1 << 16)
+    with pytest.raises(InvalidParameterError, match="length <= 65536") as caught:
+        decode_body(b'{"messages": [%b{"role":"user"}]}' % many, ChatRequest)
+    assert caught.value.param == "messages"
+
+
 def test_unknown_fields_are_named_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="tandem.openai"):
         completion(wat=1, temperature=0)

@@ -123,14 +123,12 @@ def test_all_choices_that_are_allowed_can_be_followed() -> None:
     import llguidance
 
     demo = Path(__file__).resolve().parents[2] / "models" / "demo" / "tokenizer.json"
-    matcher = llguidance.LLMatcher(
-        llguidance.LLTokenizer(demo.read_text(), eos_token=[0]),
-        compiled(choice=[f"number {i}" for i in range(MAX_CHOICES)]),
-        log_level=0,
-        limits=llguidance.LLParserLimits(verbose_errors=False),
-    )
-    matcher.compute_bitmask()
-    assert not matcher.is_error(), matcher.get_error()
+    tokenizer = llguidance.LLTokenizer(demo.read_text(), eos_token=[0])
+    choices = [f"{i * 7919 % 100_003:05}" for i in range(MAX_CHOICES)]
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    matcher = llguidance.LLMatcher(tokenizer, compiled(choice=choices), log_level=0, limits=limits)
+    assert matcher.consume_tokens(tokenizer.tokenize_str(choices[77])), matcher.get_error()
+    assert matcher.is_accepting()
 
 
 def test_min_tokens_cannot_hold_back_a_grammar_that_is_complete() -> None:

@@ -154,6 +154,14 @@ def test_a_text_of_any_length_is_refused_after_its_beginning(monkeypatch: pytest
     assert asyncio.run(tokenizer.encode_all([LONG_TEXT], max_tokens=10**6)) == [tokenizer.encode(LONG_TEXT)]
 
 
+def test_tags_of_tool_calls_are_seen_even_where_they_are_special() -> None:
+    pretrained = byte_level()
+    pretrained.add_tokens(["<tool_call>", "</tool_call>", "<hidden>"], special_tokens=True)
+    tokenizer = Tokenizer(pretrained)
+    ids = tokenizer.encode("<tool_call>a<hidden></tool_call>", add_special_tokens=False)
+    assert b"".join(tokenizer.shown_bytes_of[token] for token in ids) == b"<tool_call>a</tool_call>"
+
+
 def test_a_developer_is_the_system_to_a_template_that_knows_none() -> None:
     tokenizer = byte_level_tokenizer()
     shown = "{% if m.role in ('system', 'user'%s) %}[{{ m.role }}] {{ m.content }}{% endif %}"
