@@ -19,17 +19,18 @@ from ipc.config import MAX_DEPTH
 from ipc.errors import ConfigError
 
 _SWITCH: Final = argparse.BooleanOptionalAction  # every switch has a --no- form, for files and variables
+_INT32_MAX: Final = 2**31 - 1
 _UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
-def _integer(low: int, high: int = 2**31 - 1) -> Any:
+def _integer(low: int, high: int = _INT32_MAX) -> Any:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if not low <= value <= high:
-            bounds = f"at least {low}" if value < low and high >= 2**31 - 1 else f"between {low} and {high}"
+            bounds = f"at least {low}" if value < low and high >= _INT32_MAX else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
         return value
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from codecs import IncrementalDecoder
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
@@ -159,7 +160,7 @@ class CompletionShape:
         self._echoes = echoes
         self._token_bytes = token_bytes
         self._written: dict[int, int] = {}  # characters so far, by choice
-        self._decoders: dict[int, IncrementalDecoder] = {}  # by choice; each holds the beginning of a character
+        self._decoders = defaultdict[int, IncrementalDecoder](new_utf8_decoder)  # by choice
         self._plain = PlainEvents(self._plain_event)
 
     def opening(self) -> bytes:
@@ -183,8 +184,8 @@ class CompletionShape:
         logprobs = None
         if part.logprobs is not None:
             start = offset if echo is None else len(echo.text)
-            decoder = self._decoders.setdefault(index, new_utf8_decoder())
-            logprobs = _completion_logprobs(part.logprobs, self._offsets(decoder, part.logprobs, start))
+            offsets = self._offsets(self._decoders[index], part.logprobs, start)
+            logprobs = _completion_logprobs(part.logprobs, offsets)
             if echo is not None:
                 self._add_prompt(logprobs, echo, self._prompts[prompt], part.prompt_logprobs or ())
         wants_ids = bool(self._request.return_token_ids)
